@@ -1,0 +1,193 @@
+"""When to measure, the moving average, and the state: what ``engine.agvm`` is."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agvm_ds.config import AGVMConfig, ConfigError
+from agvm_ds.estimators import Estimate, estimator_of
+from agvm_ds.groups import MODULE, NAME, PARAMS
+from agvm_ds.optimizer import AGVM
+from agvm_ds.shards import Shards
+from agvm_ds.variance import moving_average, variance_ratio
+
+logger = logging.getLogger("agvm_ds")
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one measured update has found, by module; nan: undefined in this update."""
+
+    update: int
+    variances: dict[str, float]
+    noise_scales: dict[str, float]
+    ratios: dict[str, float]
+    scale_factors: dict[str, float]
+
+
+class Controller:
+    """Decides which updates are measured, keeps the scale factors, and hands them to the optimizer.
+
+    ``scale_factors``: module -> mu, 1 before its first measure. ``variances``: module -> Phi of the last measure, nan
+    before the first or when undefined. ``noise_scales``: module -> B in images. ``steps``: updates seen.
+    ``listeners`` are called on every rank with each Measure whose update was applied.
+    """
+
+    def __init__(self, config: AGVMConfig, optimizer: AGVM, shards: Shards) -> None:
+        self.config = config
+        self.optimizer = optimizer
+        self.shards = shards
+        self.modules = optimizer.modules
+        self.anchor = config.anchor
+        self.scale_factors = dict.fromkeys(self.modules, 1.0)
+        self.variances = dict.fromkeys(self.modules, math.nan)
+        self.noise_scales = dict.fromkeys(self.modules, math.nan)
+        self.steps = 0
+        self.measured = 0
+        self.listeners: list[Callable[[Measure], None]] = []
+        self._undefined: set[str] = set()
+        self._estimator = estimator_of(config.estimator, self.modules, shards.engine.device)
+        self._observing = False
+        self._register_hooks()
+        self.expect(0)
+
+    # While gradients appear
+
+    def _register_hooks(self) -> None:
+        index = {name: i for i, name in enumerate(self.modules)}
+        for module, parameter in self.optimizer.owned_parameters():
+            parameter.register_hook(self._hook(index[module], module, tuple(parameter.shape)))
+
+    def _hook(self, module: int, name: str, shape: tuple[int, ...]) -> Callable[[torch.Tensor], None]:
+        """A gradient hook: it fires once a backward, however often the parameter was used in the forward."""
+        seen = -1
+
+        def hook(gradient: torch.Tensor) -> None:
+            nonlocal seen
+            if not self._observing:
+                return
+            if seen == self.shards.engine.micro_steps:
+                raise RuntimeError(
+                    f"AGVM: a parameter of module {name}, shape {shape}, got two gradients in one micro-batch. A module "
+                    "used in several reentrant checkpoints, or two backward calls before engine.step(), cannot be "
+                    "measured: use checkpointing with use_reentrant=False, and one backward a micro-batch"
+                )
+            seen = self.shards.engine.micro_steps
+            self._estimator.observe(module, gradient)
+
+        return hook
+
+    def expect(self, t: int) -> None:
+        """Get ready for the micro-batches of update t."""
+        self._observing = self.config.measured(t)
+        if self._observing:
+            self._estimator.start()
+
+    # At the accumulation boundary
+
+    def measure(self, t: int) -> Measure | None:
+        """The statistics of update t and the scale factors that follow; None when t is not measured, or unusable."""
+        if not self.config.measured(t):
+            return None
+        sums = self.shards.add_up(self._estimator.local_sums(self.shards))
+        if not bool(torch.isfinite(sums).all()):
+            self._warn(f"update {t}: gradients are not finite; no scale factor changes")
+            return None
+        engine = self.shards.engine
+        estimates = self._estimator.estimates(
+            sums,
+            ranks=self.shards.ranks,
+            accumulation=int(engine.gradient_accumulation_steps()),
+            images=int(engine.train_micro_batch_size_per_gpu()),
+        )
+        return self._judge(t, dict(zip(self.modules, estimates, strict=True)))
+
+    def _judge(self, t: int, found: Mapping[str, Estimate]) -> Measure:
+        """Ratios and new scale factors; a module whose own variance, or the anchor's, is undefined keeps its own."""
+        anchor = found[self.anchor].variance
+        ratios, factors = dict.fromkeys(self.modules, math.nan), dict(self.scale_factors)
+        for name, estimate in found.items():
+            if math.isnan(estimate.variance):
+                self._tell_undefined(t, name)
+            if not math.isnan(anchor + estimate.variance):
+                ratios[name] = variance_ratio(anchor, estimate.variance, self.config.eps, self.config.ratio_bounds)
+                factors[name] = moving_average(factors[name], ratios[name], self.config.ema_decay)
+        variances = {name: estimate.variance for name, estimate in found.items()}
+        noise_scales = {name: estimate.noise_scale for name, estimate in found.items()}
+        return Measure(t, variances, noise_scales, ratios, factors)
+
+    def modulation(self, t: int, measure: Measure | None) -> AbstractContextManager[None]:
+        """The context in which update t steps: an update that measures steps with its own result already."""
+        factors = measure.scale_factors if measure else self.scale_factors
+        return self.optimizer.modulated(factors if self.config.active(t) else {})
+
+    def finish(self, t: int, measure: Measure | None) -> None:
+        """Update t is over; ``measure`` is None when it was not measured, or the step was skipped."""
+        self.steps = t + 1
+        if measure is not None:
+            self.measured += 1
+            self.variances, self.noise_scales = measure.variances, measure.noise_scales
+            self.scale_factors = measure.scale_factors
+            for listener in self.listeners:
+                listener(measure)
+        self.expect(t + 1)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings: the statistics, the counters, and what each parameter group was."""
+        return {
+            "version": STATE_VERSION,
+            "scale_factors": dict(self.scale_factors),
+            "variances": dict(self.variances),
+            "noise_scales": dict(self.noise_scales),
+            "steps": self.steps,
+            "measured": self.measured,
+            "groups": [_settings(group) for group in self.optimizer.param_groups],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; raises ConfigError when it belongs to other modules or parameter groups."""
+        if state.get("version") != STATE_VERSION:
+            raise ConfigError(f"AGVM state of version {state.get('version')}; this release reads {STATE_VERSION}")
+        saved = [group[NAME] for group in state["groups"]]
+        present = [group[NAME] for group in self.optimizer.param_groups]
+        if saved != present or list(state["scale_factors"]) != self.modules:
+            raise ConfigError(f"the checkpoint's AGVM groups are {saved}, this run's are {present}: they must agree")
+        for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
+            group.update(settings)
+        self.scale_factors = dict(state["scale_factors"])
+        self.variances = dict(state["variances"])
+        self.noise_scales = dict(state["noise_scales"])
+        self.measured = int(state["measured"])
+        self.steps = int(state["steps"])
+        self.expect(self.steps)
+
+    # Words
+
+    def _tell_undefined(self, t: int, name: str) -> None:
+        if name in self._undefined:
+            return
+        self._undefined.add(name)
+        keeps = "no scale factor changes" if name == self.anchor else "its scale factor stays"
+        self._warn(f"update {t}: module {name} has no gradient to measure; {keeps} (said once)")
+
+    def _warn(self, message: str) -> None:
+        if self.shards.rank == 0:
+            logger.warning("AGVM: %s", message)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters; tensors (a capturable learning rate) as numbers."""
+    plain = {key: value for key, value in group.items() if key != PARAMS}
+    assert MODULE in plain
+    return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in plain.items()}

@@ -1,0 +1,190 @@
+"""initialize() and attach(): AGVM joined to a DeepSpeed engine, and its state to the engine's checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import hjson
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+from torch import nn
+from torch.optim import Optimizer
+
+from agvm_ds.config import AGVMConfig, ConfigError, read_block
+from agvm_ds.controller import Controller
+from agvm_ds.groups import PARAMS, cut_groups
+from agvm_ds.monitor import deepspeed_events
+from agvm_ds.optimizer import AGVM, base_from_json
+from agvm_ds.shards import shards_of
+from agvm_ds.support import refuse_unsupported
+
+logger = logging.getLogger("agvm_ds")
+
+STATE_KEY = "agvm"
+"""Where AGVM's state is in a DeepSpeed checkpoint's client_state."""
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[Any] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` with AGVM in it: same arguments, same four return values; ``engine.agvm`` is set.
+
+    config: a DeepSpeed configuration (dict or path; or ``args.deepspeed_config``). With an ``agvm`` block the
+    ``optimizer`` block names AGVM's base, and the model's parameters (or ``model_parameters``: parameters or groups) are
+    cut into modules; without it, or with ``"enabled": false``, this is plain DeepSpeed and ``engine.agvm`` is None.
+    optimizer: None, or an ``agvm_ds.AGVM`` (any optimizer when AGVM is off).
+
+    Raises ConfigError, before training, for whatever cannot be measured.
+    """
+    if model is None:
+        raise ConfigError("initialize: needs a model")
+    args, config = _one_config(args, config)
+    block = read_block(config)
+    # AGVM, and torch's SGD as its baseline, are "untested" for ZeRO; the key only opens a door.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    if block is not None:
+        optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
+        model_parameters = None
+    result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
+    )
+    attach(result[0])
+    return result
+
+
+def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration as a dict of its own. Raises ConfigError with the position of a mistake in the file."""
+    if isinstance(config, Mapping):
+        return copy.deepcopy(dict(config))
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError(f"DeepSpeed config not found: {path}")
+    try:
+        loaded = hjson.loads(path.read_text(), object_pairs_hook=dict_raise_error_on_duplicate_keys)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a DeepSpeed config: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: not a DeepSpeed config: must be a JSON object")
+    return dict(loaded)
+
+
+def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+    named = getattr(args, "deepspeed_config", None)
+    if (config is None) == (named is None):
+        raise ConfigError("initialize: give the DeepSpeed config once, as config or as args.deepspeed_config")
+    if named is not None:
+        args = copy.copy(args)
+        args.deepspeed_config = None
+    return args, load_config(config if named is None else named)
+
+
+def _agvm_optimizer(
+    optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None, block: AGVMConfig, config: Mapping[str, Any]
+) -> AGVM:
+    if isinstance(optimizer, AGVM):
+        return optimizer
+    if optimizer is not None:
+        raise ConfigError(
+            f"initialize: AGVM is on, and the optimizer is {type(optimizer).__name__}: pass agvm_ds.AGVM(groups, base=...)"
+        )
+    if not config.get("optimizer"):
+        raise ConfigError('AGVM needs a base: the DeepSpeed config has no "optimizer" block, and none was passed')
+    base, options = base_from_json(config["optimizer"])
+    given = list(model.parameters()) if parameters is None else list(parameters)
+    groups = given if given and isinstance(given[0], Mapping) else [{PARAMS: given}]
+    return make_optimizer(cut_groups(groups, model, block.modules), base, options)
+
+
+def make_optimizer(groups: list[dict[str, Any]], base: type[Optimizer], options: Mapping[str, Any]) -> AGVM:
+    """AGVM over ``base``; an argument that the base does not take is a ConfigError."""
+    try:
+        return AGVM(groups, base=base, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.params: {error}") from None
+
+
+def attach(engine: Any) -> None:
+    """Set ``engine.agvm`` and join AGVM to the engine's step and checkpoints. A second call does nothing.
+
+    Reads the ``agvm`` block of the config that the engine was started with; without one, or with
+    ``"enabled": false``, ``engine.agvm`` is None and an AGVM optimizer steps as its base. Raises ConfigError when the
+    client optimizer is not an ``agvm_ds.AGVM``, or for whatever cannot be measured exactly.
+    """
+    if "agvm" in vars(engine):
+        return
+    optimizer, block = engine.basic_optimizer, read_block(engine._config._param_dict)
+    if block is not None and not isinstance(optimizer, AGVM):
+        raise ConfigError(
+            f"agvm_ds.attach: the engine's client optimizer is {type(optimizer).__name__}; it must be an agvm_ds.AGVM"
+        )
+    if block is not None:
+        refuse_unsupported(engine, block, optimizer)
+    engine.agvm = None if block is None else _controller(engine, optimizer, block)
+    if isinstance(optimizer, AGVM):
+        optimizer.attached = True
+
+
+def _controller(engine: Any, optimizer: AGVM, block: AGVMConfig) -> Controller:
+    controller = Controller(block, optimizer, shards_of(engine, optimizer))
+    if engine.monitor.enabled and engine.global_rank == 0:
+        controller.listeners.append(deepspeed_events(controller))
+    _join_step(engine, controller)
+    _join_checkpoints(engine, controller)
+    return controller
+
+
+def _join_step(engine: Any, controller: Controller) -> None:
+    """Measure and modulate around the engine's step: after gradients are averaged, before stage 0 clips them."""
+    take_step = engine._take_model_step
+    max_norm = float(engine.gradient_clipping() or 0.0)
+
+    @wraps(take_step)
+    def step(*args: Any, **kwargs: Any) -> None:
+        t = int(engine.global_steps)
+        measure = controller.measure(t)
+        # Written afresh in every update: loading a checkpoint brings the clip value of its run.
+        controller.shards.set_clipping(max_norm if controller.config.clips(t) else 0.0)
+        with controller.modulation(t, measure):
+            take_step(*args, **kwargs)
+        controller.finish(t, measure if engine.was_step_applied() else None)
+
+    engine._take_model_step = step
+
+
+def _join_checkpoints(engine: Any, controller: Controller) -> None:
+    """AGVM's state goes with the client_state of every DeepSpeed checkpoint, and comes back after every load."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
+        state = {**(client_state or {}), STATE_KEY: controller.state_dict()}
+        return save(save_dir, tag, state, *args, **kwargs)
+
+    @wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(*args, **kwargs)
+        if path is not None and not kwargs.get("load_module_only") and kwargs.get("load_optimizer_states", True):
+            _restore(engine, controller, client_state or {})
+        return path, client_state
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _restore(engine: Any, controller: Controller, client_state: Mapping[str, Any]) -> None:
+    if STATE_KEY in client_state:
+        controller.load_state_dict(client_state[STATE_KEY])
+    elif engine.global_rank == 0:
+        logger.warning("AGVM: the checkpoint has no AGVM state: scale factors start at 1")
+    if controller.steps != engine.global_steps:
+        controller.steps = int(engine.global_steps)
+        controller.expect(controller.steps)

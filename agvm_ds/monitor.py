@@ -1,0 +1,91 @@
+"""Where measures are written: ``agvm.jsonl`` and DeepSpeed's monitor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agvm_ds.controller import Controller, Measure
+from agvm_ds.groups import MODULE
+
+FILE_NAME = "agvm.jsonl"
+
+
+def plain_number(value: float) -> float | str | None:
+    """A number as strict JSON has it: null for nan, "inf" for infinity."""
+    if math.isnan(value):
+        return None
+    return "inf" if math.isinf(value) else value
+
+
+class JsonLines:
+    """A listener that appends one line a measured update to ``path``.
+
+    {"update", "samples", "anchor", "modules": {name: {"variance", "ratio", "scale_factor", "noise_scale", "lr"}}}:
+    ``samples`` counts images up to and including the update, ``lr`` is the unmodulated rate of the module's first group,
+    undefined values are null. Lines from ``controller.steps`` on, left by a run that went further than its last
+    checkpoint, are dropped at the start.
+    """
+
+    def __init__(self, path: Path, controller: Controller) -> None:
+        self.path = path
+        self.controller = controller
+        self._keep_before(controller.steps)
+
+    def _keep_before(self, update: int) -> None:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] < update]
+        if kept != lines or not self.path.exists():
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(draft, self.path)
+
+    def __call__(self, measure: Measure) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(self._record(measure)) + "\n")
+
+    def _record(self, measure: Measure) -> dict[str, Any]:
+        rates = learning_rates(self.controller)
+        columns = {
+            "variance": measure.variances,
+            "ratio": measure.ratios,
+            "scale_factor": measure.scale_factors,
+            "noise_scale": measure.noise_scales,
+            "lr": rates,
+        }
+        modules = {name: {key: plain_number(column[name]) for key, column in columns.items()} for name in rates}
+        samples = int(self.controller.shards.engine.global_samples)
+        return {"update": measure.update, "samples": samples, "anchor": self.controller.anchor, "modules": modules}
+
+
+def learning_rates(controller: Controller) -> dict[str, float]:
+    """module -> the learning rate that its first parameter group shows."""
+    rates: dict[str, float] = {}
+    for group in controller.optimizer.param_groups:
+        rates.setdefault(group[MODULE], float(group["lr"]))
+    return {name: rates[name] for name in controller.modules}
+
+
+def deepspeed_events(controller: Controller) -> Callable[[Measure], None]:
+    """A listener that hands every defined number to DeepSpeed's monitor, against the samples seen."""
+
+    def write(measure: Measure) -> None:
+        engine = controller.shards.engine
+        columns = {
+            "variance": measure.variances,
+            "scale_factor": measure.scale_factors,
+            "noise_scale": measure.noise_scales,
+        }
+        events = [
+            (f"Train/AGVM/{name}/{key}", value, engine.global_samples)
+            for key, column in columns.items()
+            for name, value in column.items()
+            if math.isfinite(value)
+        ]
+        engine.monitor.write_events(events)
+
+    return write

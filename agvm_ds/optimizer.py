@@ -1,0 +1,125 @@
+"""AGVM as a client optimizer: any elementwise torch optimizer, whose learning rates are modulated during the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from agvm_ds.config import ConfigError
+from agvm_ds.groups import MODULE, NAME, PARAMS
+
+BASES: dict[str, type[Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+"""The optimizers that were tried under AGVM, by the name that a DeepSpeed JSON gives them."""
+
+
+class AGVM(Optimizer):
+    """``base``, stepping module i with the learning rate lr_i mu_i; afterwards every group shows lr_i again.
+
+    The scale factors mu come from ``engine.agvm`` once ``agvm_ds.attach(engine)`` has been called (or by
+    ``agvm_ds.initialize``). The object is an instance of ``base`` too: ``param_groups``, ``state``, ``state_dict()``,
+    learning-rate schedulers and DeepSpeed's checkpoints are the base's own, and nothing is kept twice.
+
+    params: groups of ``agvm_ds.param_groups``, each with ``"module"`` and a unique ``"name"``.
+    base: a class of ``torch.optim`` that treats each element by itself (SGD, AdamW). options: its arguments.
+
+    Raises ConfigError when a group lacks its module or name, and RuntimeError for a step before ``attach``.
+    """
+
+    def __new__(cls, params: Any = None, base: type[Optimizer] = torch.optim.SGD, **options: Any) -> AGVM:
+        return super().__new__(_with_base(base) if cls is AGVM else cls)
+
+    def __init__(self, params: Any, base: type[Optimizer] = torch.optim.SGD, **options: Any) -> None:
+        groups = list(params)
+        _check_groups(groups)
+        self.base = base
+        self.attached = False
+        self._factors: Mapping[str, float] = {}
+        # ZeRO replaces a group's parameters by a flat partition: remember which ones were the module's.
+        self._owned = [(group[MODULE], parameter) for group in groups for parameter in group[PARAMS]]
+        super().__init__(groups, **options)
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules' names, in the order of the groups."""
+        return list(dict.fromkeys(module for module, _ in self._owned))
+
+    def owned_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(module, parameter) for the model's own parameters, as they were given."""
+        return iter(self._owned)
+
+    @contextmanager
+    def modulated(self, factors: Mapping[str, float]) -> Iterator[None]:
+        """Steps within this context use lr_i factors[i]; a module without a factor uses lr_i."""
+        self._factors = factors
+        try:
+            yield
+        finally:
+            self._factors = {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of the base with modulated learning rates. ZeRO calls it once a group or sub-group."""
+        if not self.attached and self._has_gradient():
+            raise RuntimeError(
+                "AGVM.step() before agvm_ds.attach(engine): call it once, after deepspeed.initialize "
+                "(agvm_ds.initialize does both)"
+            )
+        shown = [(group, group["lr"]) for group in self.param_groups]
+        try:
+            for group, lr in shown:
+                factor = self._factors.get(group[MODULE])
+                if factor is not None:
+                    group["lr"] = lr * factor
+            return _unhooked(self.base.step)(self, closure)
+        finally:
+            for group, lr in shown:
+                group["lr"] = lr
+
+    def _has_gradient(self) -> bool:
+        """DeepSpeed makes a base create its state by stepping with zero gradients: that is not a step of training."""
+        gradients = (p.grad for group in self.param_groups for p in group[PARAMS])
+        return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+@lru_cache(maxsize=None)
+def _with_base(base: type[Optimizer]) -> type[AGVM]:
+    return type(f"AGVM_{base.__name__}", (AGVM, base), {})
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The base's step without torch's hook wrapper: AGVM.step has one already, and hooks would run twice."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined, no-any-return]
+
+
+def _check_groups(groups: Sequence[Any]) -> None:
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or MODULE not in group or NAME not in group:
+            raise ConfigError(
+                f'AGVM: parameter group {index} has no "{MODULE}" or "{NAME}"; make groups with '
+                "agvm_ds.param_groups(model, ...)"
+            )
+    names = [group[NAME] for group in groups]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f'AGVM: the "{NAME}" of parameter groups must be unique; given twice: {sorted(twice)}')
+
+
+def base_from_json(block: Mapping[str, Any]) -> tuple[type[Optimizer], dict[str, Any]]:
+    """(base class, its arguments) for the ``optimizer`` block of a DeepSpeed JSON, in the words DeepSpeed users write.
+
+    As in DeepSpeed, "Adam" means AdamW unless ``adam_w_mode`` is false. ``torch_adam`` is accepted and needless: under
+    AGVM it is torch's AdamW in any case. Raises ConfigError for a type that has not been tried under AGVM.
+    """
+    params = dict(block.get("params", {}))
+    name = str(block.get("type"))
+    params.pop("torch_adam", None)
+    decoupled = params.pop("adam_w_mode", True)
+    if name.lower() in ("adam", "adamw") and (name.lower() == "adamw" or decoupled):
+        name = "AdamW"
+    known = {key.lower(): base for key, base in BASES.items()}
+    if name.lower() not in known:
+        raise ConfigError(f"optimizer.type = {name!r}: not supported under AGVM; allowed: {', '.join(BASES)}")
+    return known[name.lower()], params

@@ -1,0 +1,84 @@
+"""Start ranks for a test: one way for all of them.
+
+Children are forked from a clean server process that has imported torch and deepspeed once, so that a test pays for its
+ranks and not for their imports. Rendezvous is a file, so no port can be taken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preload"])
+
+
+class RankFailure(AssertionError):
+    """A rank ended with an exception: which one, and its traceback."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 240) -> list[Any]:
+    """Call ``function(*args)`` in ``world_size`` ranks of a gloo group; return what each returned, by rank.
+
+    Raises RankFailure with the first failing rank's traceback, or when a rank does not end in ``timeout`` seconds; the
+    others are killed then.
+    """
+    place = Path(tmp_path) / f"ranks_{len(list(Path(tmp_path).glob('ranks_*')))}"
+    place.mkdir(parents=True)
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, str(place)), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        _wait(ranks, place, timeout)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    return [pickle.loads((place / f"result_{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(ranks: list[Any], place: Path, timeout: float) -> None:
+    running = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    while running:
+        ended = wait(list(running), timeout)
+        if not ended:
+            raise RankFailure(f"ranks {sorted(running.values())} did not end in {timeout} s")
+        for sentinel in ended:
+            rank = running.pop(sentinel)  # type: ignore[index]
+            error = place / f"error_{rank}"
+            if error.exists() or ranks[rank].exitcode:
+                text = error.read_text() if error.exists() else f"exit code {ranks[rank].exitcode}"
+                raise RankFailure(f"rank {rank} of {len(ranks)} failed:\n{text}")
+
+
+def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, place: str) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+    }
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(
+            "gloo",
+            auto_mpi_discovery=False,
+            init_method=f"file://{place}/rendezvous",
+            rank=rank,
+            world_size=world_size,
+        )
+        result = function(*args)
+        (Path(place) / f"result_{rank}").write_bytes(pickle.dumps(result))
+    except BaseException:
+        (Path(place) / f"error_{rank}").write_text(traceback.format_exc())
+        raise

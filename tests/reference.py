@@ -1,0 +1,112 @@
+"""AGVM written down slowly from its formulas: one process, float64, every micro-gradient kept, no DeepSpeed.
+
+The pairwise variance is computed here from its meaning (inner products of all pairs of micro-gradients), not from the sums
+that the library uses, so that an error in the algebra cannot hide in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import nn
+
+from tests.toy import MODULES_WITH_AUX, Toy, micro_batch
+
+
+@dataclass
+class Reference:
+    """Trains a float64 Toy and records, after every update, scale factors and parameters."""
+
+    n: int
+    rows: int = 4
+    interval: int = 2
+    start: int = 1
+    stop: int | None = None
+    decay: float = 0.9
+    eps: float = 1e-6
+    bounds: tuple[float, float] = (0.5, 10.0)
+    max_norm: float = 0.0
+    clip_window: tuple[int, int] | None = None
+    base: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: dict = field(default_factory=dict)
+    modules: list[str] = field(default_factory=lambda: list(MODULES_WITH_AUX))
+    anchor: str = "backbone"
+
+    def __post_init__(self) -> None:
+        self.model = Toy().double()
+        self.by_module: dict[str, list[nn.Parameter]] = {name: [] for name in [*self.modules, "rest"]}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                module = next((m for m in self.modules if name.startswith(m + ".")), "rest")
+                self.by_module[module].append(parameter)
+        self.by_module = {name: parameters for name, parameters in self.by_module.items() if parameters}
+        groups = [{"params": parameters} for parameters in self.by_module.values()]
+        self.optimizer = self.base(groups, **self.options)
+        self.mu = dict.fromkeys(self.by_module, 1.0)
+        self.phi = dict.fromkeys(self.by_module, math.nan)
+        self.noise = dict.fromkeys(self.by_module, math.nan)
+
+    def micro_gradients(self, t: int) -> list[dict[str, torch.Tensor]]:
+        """For each micro-batch: module -> its gradient as one float64 vector."""
+        result = []
+        for k in range(self.n):
+            self.model.zero_grad()
+            x, y = micro_batch(t, k, self.rows)
+            self.model(x.double(), y.double()).backward()
+            result.append({name: torch.cat([grad(p).flatten() for p in ps]) for name, ps in self.by_module.items()})
+        return result
+
+    def estimate(self, gradients: list[torch.Tensor]) -> tuple[float, float]:
+        """(Phi, B in images) from all pairs of micro-gradients."""
+        m = sum(float(g @ g) for g in gradients) / self.n
+        pairs = [float(a @ b) for a, b in combinations(gradients, 2)]
+        c = sum(pairs) / len(pairs)
+        if m == 0:
+            return math.nan, math.nan
+        phi = 1 - c / ((2 / self.n) * m + (1 - 2 / self.n) * c)
+        return min(max(phi, 0), 2), (self.rows * (m - c) / c if c > 0 else math.inf)
+
+    def update(self, t: int) -> None:
+        """One update of the global batch."""
+        micro = self.micro_gradients(t)
+        active = self.start <= t and (self.stop is None or t <= self.stop)
+        if active and t % self.interval == 0:
+            found = {name: self.estimate([g[name] for g in micro]) for name in self.by_module}
+            self.phi = {name: phi for name, (phi, _) in found.items()}
+            self.noise = {name: noise for name, (_, noise) in found.items()}
+            for name, phi in self.phi.items():
+                if not math.isnan(phi + self.phi[self.anchor]):
+                    ratio = (self.phi[self.anchor] + self.eps) / (phi + self.eps)
+                    r = math.sqrt(min(max(ratio, self.bounds[0]), self.bounds[1]))
+                    self.mu[name] = self.decay * self.mu[name] + (1 - self.decay) * r
+        mean = {name: sum(g[name] for g in micro) / self.n for name in self.by_module}
+        self.step(mean, self.clip(mean, t), self.mu if active else dict.fromkeys(self.mu, 1.0))
+
+    def clip(self, mean: dict[str, torch.Tensor], t: int) -> float:
+        """The factor that clipping puts on the global gradient."""
+        inside = self.clip_window is None or self.clip_window[0] <= t <= self.clip_window[1]
+        if not self.max_norm or not inside:
+            return 1.0
+        norm = math.sqrt(sum(float(g @ g) for g in mean.values()))
+        return min(1.0, self.max_norm / (norm + 1e-6))
+
+    def step(self, mean: dict[str, torch.Tensor], clip: float, mu: dict[str, float]) -> None:
+        """Step the base with each module's rate times its factor."""
+        for group, (name, parameters) in zip(self.optimizer.param_groups, self.by_module.items(), strict=True):
+            group["lr"] = self.options["lr"] * mu[name]
+            pieces = mean[name].split([p.numel() for p in parameters])
+            for parameter, piece in zip(parameters, pieces, strict=True):
+                parameter.grad = (clip * piece).view_as(parameter)
+        self.optimizer.step()
+
+    def parameters(self) -> dict[str, list[float]]:
+        """name -> values, for comparison."""
+        return {name: p.detach().flatten().tolist() for name, p in self.model.named_parameters()}
+
+
+def grad(parameter: nn.Parameter) -> torch.Tensor:
+    """Its gradient, zeros when it has none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
