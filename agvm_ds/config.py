@@ -53,7 +53,7 @@ class AGVMConfig(BaseModel):
     """Weight of the old scale factor when a new ratio comes in."""
     ratio_bounds: tuple[StrictFloat, StrictFloat] = (0.5, 10.0)
     """[low, high] of the ratio of variances, before its square root; 0 < low <= 1 <= high."""
-    eps: Annotated[StrictFloat, Field(gt=0)] = 1e-6
+    eps: Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)] = 1e-6
     """Added to both variances of a ratio."""
     clip_window: tuple[Step, Step] | None = None
     """[a, b] limits DeepSpeed's ``gradient_clipping`` to updates a <= t <= b; ``null``: every update."""

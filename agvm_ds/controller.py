@@ -47,6 +47,8 @@ class Controller:
         self.optimizer = optimizer
         self.shards = shards
         self.modules = optimizer.modules
+        # Kept here: DeepSpeed's load puts the checkpoint's group dicts, names included, in place of this run's.
+        self.groups = [str(group[NAME]) for group in optimizer.param_groups]
         self.anchor = config.anchor
         self.scale_factors = dict.fromkeys(self.modules, 1.0)
         self.variances = dict.fromkeys(self.modules, math.nan)
@@ -160,17 +162,20 @@ class Controller:
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"AGVM state of version {state.get('version')}; this release reads {STATE_VERSION}")
         saved = [group[NAME] for group in state["groups"]]
-        present = [group[NAME] for group in self.optimizer.param_groups]
-        if saved != present or list(state["scale_factors"]) != self.modules:
-            raise ConfigError(f"the checkpoint's AGVM groups are {saved}, this run's are {present}: they must agree")
+        if saved != self.groups or list(state["scale_factors"]) != self.modules:
+            raise ConfigError(f"the checkpoint's AGVM groups are {saved}, this run's are {self.groups}: they must agree")
         for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update(settings)
         self.scale_factors = dict(state["scale_factors"])
         self.variances = dict(state["variances"])
         self.noise_scales = dict(state["noise_scales"])
         self.measured = int(state["measured"])
-        self.steps = int(state["steps"])
-        self.expect(self.steps)
+        self.resume_at(int(state["steps"]))
+
+    def resume_at(self, t: int) -> None:
+        """The next update is t, whatever was loaded."""
+        self.steps = t
+        self.expect(t)
 
     # Words
 

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ logger = logging.getLogger("agvm_ds")
 
 STATE_KEY = "agvm"
 """Where AGVM's state is in a DeepSpeed checkpoint's client_state."""
+
+_GROUPS_DIFFER = (
+    "this run's parameter groups are {}; a checkpoint of a run with other agvm.modules, or without AGVM, has others: "
+    "load_optimizer_states=False takes its weights alone"
+)
 
 
 def initialize(
@@ -172,9 +178,17 @@ def _join_checkpoints(engine: Any, controller: Controller) -> None:
 
     @wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(*args, **kwargs)
-        if path is not None and not kwargs.get("load_module_only") and kwargs.get("load_optimizer_states", True):
-            _restore(engine, controller, client_state or {})
+        asked = signature(load).bind(*args, **kwargs)
+        asked.apply_defaults()
+        whole = asked.arguments["load_optimizer_states"] and not asked.arguments["load_module_only"]
+        try:
+            path, client_state = load(*args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"{error}\n  {_GROUPS_DIFFER.format(controller.groups)}") from error
+        if path is not None:
+            if whole:
+                _restore(engine, controller, client_state or {})
+            controller.resume_at(int(engine.global_steps))
         return path, client_state
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
@@ -185,6 +199,3 @@ def _restore(engine: Any, controller: Controller, client_state: Mapping[str, Any
         controller.load_state_dict(client_state[STATE_KEY])
     elif engine.global_rank == 0:
         logger.warning("AGVM: the checkpoint has no AGVM state: scale factors start at 1")
-    if controller.steps != engine.global_steps:
-        controller.steps = int(engine.global_steps)
-        controller.expect(controller.steps)

@@ -1,0 +1,66 @@
+"""Finding and reading the mmdet config of a run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mmdet
+from mmcv import Config
+from mmdet.utils import compat_cfg, replace_cfg_vals, update_data_root
+
+import agvm_ds.demo
+from agvm_ds.config import ConfigError
+
+DEMO_CONFIG = Path(agvm_ds.demo.__file__).parent / "faster_rcnn_digits.py"
+"""The config of the built-in data, used when none is named."""
+
+
+def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> Config:
+    """The mmdet config of a run, with ``--cfg-options`` merged and mmdet's older spellings translated.
+
+    name: None for the built-in demo, a file, or the name of a config that mmdet ships, with or without its folder.
+    Raises ConfigError when there is none (with near names), or it cannot be read.
+    """
+    path = config_path(name)
+    try:
+        cfg = replace_cfg_vals(Config.fromfile(str(path)))
+        update_data_root(cfg)
+        cfg.merge_from_dict(dict(options or {}))
+        cfg = compat_cfg(cfg)
+    except ConfigError:
+        raise
+    except Exception as error:  # a config is Python code and may raise anything
+        raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
+    missing = [key for key in ("model", "data", "optimizer", "runner") if key not in cfg]
+    if missing:
+        raise ConfigError(f"config {path}: has no {', '.join(missing)}; is it a complete mmdet 2.x config?")
+    return cfg
+
+
+def config_path(name: str | None) -> Path:
+    """The file of a config: see read_config."""
+    if name is None:
+        return DEMO_CONFIG
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    wanted = name.removesuffix(".py")
+    fitting = [path for key, path in shipped.items() if key == wanted or key.rpartition("/")[2] == wanted]
+    if len(fitting) == 1:
+        return fitting[0]
+    near = difflib.get_close_matches(wanted.rpartition("/")[2], [key.rpartition("/")[2] for key in shipped], 5, 0.5)
+    hint = f"; mmdet {mmdet.__version__} ships, for example: {', '.join(near)}" if near else ""
+    raise ConfigError(f"config not found: {name} is neither a file nor the name of a config that mmdet ships{hint}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """"folder/name" -> file, for every config that the installed mmdet ships."""
+    package = Path(mmdet.__file__).parent
+    root = next((place for place in (package / ".mim" / "configs", package.parent / "configs") if place.is_dir()), None)
+    if root is None:
+        return {}
+    files = (path for path in root.rglob("*.py") if "_base_" not in path.parts)
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(files)}

@@ -1,0 +1,77 @@
+"""Evaluation over all ranks, on whole fp32 weights in a plain detector: the same in every ZeRO stage and precision.
+
+The training model is not used: under ZeRO-3 a rank whose images have no detections skips a head, gathers fewer parameters
+than the others, and hangs them; and bfloat16 does not go through mmcv's NMS. What is evaluated is what is published.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed import comm
+from mmcv import Config
+from mmdet.core import encode_mask_results
+from mmdet.models import build_detector
+from torch import nn
+
+from agvm_ds.mmdet.model import to_device
+from agvm_ds.mmdet.randomness import untouched_randomness
+
+
+def plain_detector(cfg: Config, device: torch.device | str) -> nn.Module:
+    """A detector of the config without weights, in evaluation mode."""
+    with untouched_randomness():
+        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    return detector.to(device).eval()
+
+
+@torch.no_grad()
+def detect(detector: nn.Module, loader: Any, device: torch.device | str) -> list[Any]:
+    """This rank's share of the results, an entry an image, masks encoded as run lengths."""
+    results: list[Any] = []
+    for batch in loader:
+        found = detector(return_loss=False, rescale=True, **to_device(batch, device))
+        results.extend(_encoded(result) for result in found)
+    return results
+
+
+def _encoded(result: Any) -> Any:
+    if isinstance(result, tuple):
+        boxes, masks = result
+        return boxes, encode_mask_results(masks)
+    if isinstance(result, dict) and "ins_results" in result:  # panoptic
+        boxes, masks = result["ins_results"]
+        return {**result, "ins_results": (boxes, encode_mask_results(masks))}
+    return result
+
+
+def collect(results: list[Any], images: int) -> list[Any] | None:
+    """All results in the data set's order on rank 0, None elsewhere. The sampler deals images out rank by rank in turn."""
+    parts: list[Any] | None = [None] * comm.get_world_size() if comm.get_rank() == 0 else None
+    torch.distributed.gather_object(results, parts)
+    if parts is None:
+        return None
+    in_order = [result for turn in zip(*parts, strict=True) for result in turn]
+    return in_order[:images]  # the sampler pads the last turn
+
+
+def metrics_of(data: Any, results: list[Any], options: Mapping[str, Any], logger: Any) -> dict[str, float]:
+    """The data set's own metrics as plain numbers; a metric of which nothing was detected counts as 0."""
+    with warnings.catch_warnings():
+        found = data.evaluate(results, logger=logger, **options)
+    numbers = {key: value if isinstance(value, str) else float(value) for key, value in found.items()}
+    wanted = options.get("metric", [])
+    for metric in [wanted] if isinstance(wanted, str) else wanted:
+        if metric in ("bbox", "segm") and not any(key.startswith(f"{metric}_") for key in numbers):
+            numbers[f"{metric}_mAP"] = numbers[f"{metric}_mAP_50"] = 0.0
+    return numbers
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,130 @@
+"""mmcv hooks that know the engine: checkpoints, evaluation, AGVM's numbers in the log, and the clock."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmcv.runner import HOOKS, Hook
+from mmcv.runner.hooks import CheckpointHook
+from mmdet.core.evaluation.eval_hooks import DistEvalHook
+from torch import nn
+
+from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of
+from agvm_ds.mmdet.randomness import untouched_randomness
+from agvm_ds.mmdet.weights import gather_weights
+
+
+@HOOKS.register_module()
+class EngineCheckpointHook(CheckpointHook):
+    """mmcv's CheckpointHook with all its options, called on every rank: weights and state are spread over the ranks."""
+
+    def _save_checkpoint(self, runner: Any) -> None:
+        name = self._name(runner)
+        if self.save_optimizer:
+            runner.save_state(Path(name).stem)  # first: what latest.pth shows can be resumed
+        runner.save_checkpoint(self.out_dir, **self.args)
+        if runner.meta is not None:
+            runner.meta.setdefault("hook_msgs", {})["last_ckpt"] = str(Path(self.out_dir) / name)
+        if self.max_keep_ckpts > 0:
+            current = (runner.epoch if self.by_epoch else runner.iter) + 1
+            old = range(current - self.max_keep_ckpts * self.interval, 0, -self.interval)
+            runner.remove_checkpoints(self.out_dir, [self._template().format(step) for step in old])
+
+    def _template(self) -> str:
+        return str(self.args.get("filename_tmpl", "epoch_{}.pth" if self.by_epoch else "iter_{}.pth"))
+
+    def _name(self, runner: Any) -> str:
+        return self._template().format((runner.epoch if self.by_epoch else runner.iter) + 1)
+
+
+@HOOKS.register_module()
+class EngineEvalHook(DistEvalHook):
+    """mmdet's DistEvalHook with all its options, on gathered weights in a plain detector."""
+
+    def __init__(self, *args: Any, detector: nn.Module, engine: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.detector = detector
+        self.engine = engine
+        self.latest_metrics: dict[str, float] = {}
+        self._evaluated = -1
+
+    def after_run(self, runner: Any) -> None:
+        """A run ends with metrics of its last weights, whatever the interval."""
+        if self._evaluated != self.engine.global_steps:
+            self._evaluate(runner)
+
+    def _do_evaluate(self, runner: Any) -> None:
+        if self._should_evaluate(runner):
+            self._evaluate(runner)
+
+    def _evaluate(self, runner: Any) -> None:
+        self._evaluated = self.engine.global_steps
+        with untouched_randomness():
+            self.detector.load_state_dict(gather_weights(self.engine))
+            shares = detect(self.detector, self.dataloader, self.engine.device)
+            self.latest_results = collect(shares, len(self.dataloader.dataset))
+            key_score = self.evaluate(runner, self.latest_results)
+        runner.log_buffer.output["eval_iter_num"] = len(self.dataloader)
+        if self.save_best and key_score is not None:
+            if runner.rank != 0:
+                self.best_ckpt_path = None  # rank 0 removes the one before
+            self._save_ckpt(runner, key_score)
+
+    def evaluate(self, runner: Any, results: Any) -> float | None:
+        """Metrics on rank 0, then known to every rank and its log buffer; returns the score for ``save_best``."""
+        metrics: dict[str, float] = {}
+        if runner.rank == 0:
+            metrics = metrics_of(self.dataloader.dataset, results, self.eval_kwargs, runner.logger)
+        self.latest_metrics = metrics = broadcast_object(metrics)
+        runner.log_buffer.output.update(metrics)
+        runner.log_buffer.ready = True
+        if self.save_best is None or not metrics:
+            return None
+        if self.key_indicator == "auto":
+            self._init_rule(self.rule, next(iter(metrics)))
+        return metrics[self.key_indicator]
+
+
+@HOOKS.register_module()
+class AGVMLogHook(Hook):
+    """Each module's scale factor and the gradient's norm in mmcv's log, averaged over its interval."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def after_train_iter(self, runner: Any) -> None:
+        """Add this update's numbers to the log buffer."""
+        numbers = {f"mu/{name}": mu for name, mu in self.engine.agvm.scale_factors.items()} if self.engine.agvm else {}
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            numbers["grad_norm"] = float(norm)
+        runner.log_buffer.update(numbers)
+
+
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Seconds spent in updates, data loading included, evaluation and checkpoints not."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.updates = 0
+        self._since = time.perf_counter()
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """An epoch's first update begins with its data."""
+        self._since = time.perf_counter()
+
+    def before_train_iter(self, runner: Any) -> None:
+        """Where epochs are not counted, the clock starts with the first update."""
+        if self.updates == 0 and runner.iter == 0:
+            self._since = min(self._since, time.perf_counter())
+
+    def after_train_iter(self, runner: Any) -> None:
+        """An update is over."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds, self.updates, self._since = self.seconds + now - self._since, self.updates + 1, now

@@ -1,0 +1,68 @@
+"""The detector as mmcv's runner sees it: one train_step is one update of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmcv.parallel import MODULE_WRAPPERS
+from mmcv.parallel.scatter_gather import scatter_kwargs
+from torch import nn
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A collated batch with its DataContainers opened and its tensors on the device (mmcv's -1 is the CPU)."""
+    device = torch.device(device)
+    index = -1 if device.type == "cpu" else device.index or 0
+    _, kwargs = scatter_kwargs((), dict(batch), [index])
+    return dict(kwargs[0])
+
+
+@MODULE_WRAPPERS.register_module()
+class EngineModel(nn.Module):
+    """A DeepSpeed engine with the two methods that mmcv's runner calls; ``module`` is the detector."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        # Not a submodule: the runner and its hooks reach the parameters through ``module`` alone.
+        object.__setattr__(self, "engine", engine)
+        self.module = engine.module
+        self.CLASSES = getattr(engine.module, "CLASSES", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The detector's own forward."""
+        return self.engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> EngineModel:
+        """Put the engine, and so the detector, in training or evaluation mode."""
+        self.training = mode
+        self.engine.train(mode)
+        return self
+
+    def train_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
+        """Forward and backward of each micro-batch and the update; log_vars are means over micro-batches and ranks."""
+        outputs = []
+        for batch in data:
+            loss, output = self._losses(batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            outputs.append(output)
+        return _merge(outputs)
+
+    def val_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
+        """The losses of each micro-batch."""
+        return _merge([self._losses(batch)[1] for batch in data])
+
+    def _losses(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        inputs = to_device(batch, self.engine.device)
+        loss, log_vars = self.module._parse_losses(self.engine(return_loss=True, **inputs))
+        return loss, {"log_vars": dict(log_vars), "num_samples": len(inputs["img_metas"])}
+
+
+def _merge(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mmcv output of several: means of log_vars (some heads leave one out where they have nothing), samples added."""
+    keys = dict.fromkeys(key for output in outputs for key in output["log_vars"])
+    columns = {key: [o["log_vars"][key] for o in outputs if key in o["log_vars"]] for key in keys}
+    log_vars = {key: sum(values) / len(values) for key, values in columns.items()}
+    return {"log_vars": log_vars, "num_samples": sum(output["num_samples"] for output in outputs)}

@@ -1,0 +1,59 @@
+"""Evaluation of a published ``.pth`` over all ranks."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from mmcv.runner import load_checkpoint
+from mmdet.utils import get_root_logger, setup_multi_processes
+
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet import data
+from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
+from agvm_ds.mmdet.train import init_distributed, make_demo_data
+
+
+@dataclass(frozen=True)
+class TestOptions:
+    """The command line of ``launch/test.py``."""
+
+    __test__ = False  # not a test class
+
+    config: str
+    checkpoint: str
+    out: str | None = None
+    metrics: tuple[str, ...] = ()
+    cfg_options: dict[str, Any] = field(default_factory=dict)
+
+
+def test(options: TestOptions) -> dict[str, float]:
+    """Metrics of a checkpoint on ``data.test``, on every rank. Raises ConfigError for bad input."""
+    if not Path(options.checkpoint).is_file():
+        raise ConfigError(f"checkpoint not found: {options.checkpoint}")
+    cfg = read_config(options.config, options.cfg_options)
+    init_distributed()
+    setup_multi_processes(cfg)
+    if config_path(options.config) == DEMO_CONFIG:
+        make_demo_data(cfg)
+    data.check_files(cfg)
+    device = get_accelerator().current_device_name()
+    detector = plain_detector(cfg, device)
+    loader = data.test_loader(cfg, "test")
+    load_checkpoint(detector, options.checkpoint, map_location="cpu", logger=get_root_logger())
+    results = collect(detect(detector, loader, device), len(loader.dataset))
+    metrics: dict[str, float] = {}
+    if results is not None:
+        if options.out:
+            Path(options.out).write_bytes(pickle.dumps(results))
+        metric = list(options.metrics) or cfg.get("evaluation", {}).get("metric", "bbox")
+        metrics = metrics_of(loader.dataset, results, {"metric": metric}, get_root_logger())
+    return dict(broadcast_object(metrics)) if comm.is_initialized() else metrics
+
+
+test.__test__ = False  # type: ignore[attr-defined]

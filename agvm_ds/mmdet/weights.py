@@ -1,0 +1,68 @@
+"""A detector's whole weights in float32, gathered from any ZeRO stage, and the ``.pth`` files made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import nn
+
+StateDict = dict[str, torch.Tensor]
+
+
+def gather_weights(engine: Any) -> StateDict:
+    """The detector's state dict on every rank, on the CPU; every rank must call it.
+
+    Parameters are the fp32 masters where the training runs in half precision. Buffers (BatchNorm's statistics) are
+    rank 0's, as in mmdet's distributed evaluation; they are given to the training model of every rank too.
+    """
+    for buffer in engine.module.buffers():
+        comm.broadcast(buffer.data, src=0)
+    parameters = dict(engine.module.named_parameters(remove_duplicate=False))
+    masters = _unfused_masters(engine)
+    result: StateDict = {}
+    for name, value in engine.module.state_dict().items():
+        whole = _master(engine, parameters[name], masters) if name in parameters else value
+        result[name] = whole.detach().to("cpu", torch.float32 if whole.is_floating_point() else whole.dtype, copy=True)
+    return result
+
+
+def _master(engine: Any, parameter: nn.Parameter, masters: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    if id(parameter) in masters:
+        return masters[id(parameter)]
+    if parameter.requires_grad and engine.zero_optimization() and parameter.dtype != torch.float32:
+        return safe_get_full_fp32_param(parameter)
+    if engine.zero_optimization_partition_weights():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
+
+
+def _unfused_masters(engine: Any) -> dict[int, torch.Tensor]:
+    """Stage 0 in half precision: DeepSpeed keeps whole fp32 copies beside the parameters."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization() or not hasattr(optimizer, "fp32_groups"):
+        return {}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {id(p): master for half, full in pairs for p, master in zip(half, full, strict=True)}
+
+
+def publish(weights: StateDict, meta: Mapping[str, Any], path: Path, link: str | None = None) -> None:
+    """Write ``{"meta", "state_dict"}`` as plain mmdet reads it: whole or not at all. link: a symlink's name beside it."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as file:
+        torch.save({"meta": dict(meta), "state_dict": weights}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    if link is not None:
+        draft_link = path.with_name(f".{link}.tmp")
+        draft_link.unlink(missing_ok=True)
+        draft_link.symlink_to(path.name)
+        os.replace(draft_link, path.with_name(link))

@@ -1,0 +1,64 @@
+"""Train any mmdet 2.x detector under DeepSpeed: deepspeed launch/train.py [CONFIG] --deepspeed_config ds_configs/X.json"""
+
+from __future__ import annotations
+
+import argparse
+
+import deepspeed
+from mmcv import DictAction
+
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.train import TrainOptions, train
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake once for the launch, not once a rank."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise ConfigError with the usage."""
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; DeepSpeed's launcher adds --local_rank."""
+    result = Parser(description=__doc__)
+    add = result.add_argument
+    add("config", nargs="?", help="an mmdet config file, or the name of one that mmdet ships (default: the built-in demo)")
+    add("--work-dir", help="where everything is written (default: work_dirs/<name of the config>)")
+    add("--resume", action="store_true", help="continue from the newest DeepSpeed checkpoint in the work dir")
+    add("--load-from", metavar="X.pth", help="weights to start from")
+    add("--seed", type=int, help="default: the config's, or a random one")
+    add("--diff-seed", action="store_true", help="add the rank to the seed")
+    add("--deterministic", action="store_true", help="deterministic cuDNN")
+    add("--no-validate", action="store_true", help="no evaluation while training")
+    add("--allow-other-categories", action="store_true", help="leave out annotations of categories not in the classes")
+    add("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the mmdet config")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return deepspeed.add_config_arguments(result)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Parse and train."""
+    args = parser().parse_args()
+    if not args.deepspeed_config:
+        raise ConfigError("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/agvm_zero2.json")
+    train(
+        TrainOptions(
+            deepspeed_config=args.deepspeed_config,
+            config=args.config,
+            work_dir=args.work_dir,
+            resume=args.resume,
+            load_from=args.load_from,
+            seed=args.seed,
+            diff_seed=args.diff_seed,
+            deterministic=args.deterministic,
+            validate=not args.no_validate,
+            allow_other_categories=args.allow_other_categories,
+            cfg_options=args.cfg_options,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main_of_rank(main)

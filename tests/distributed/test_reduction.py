@@ -1,0 +1,200 @@
+"""Where AGVM has nothing to do it must be its base under plain ``deepspeed.initialize``, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+import agvm_ds
+from agvm_ds import AGVM, param_groups
+from tests.engines import AGVM_BLOCK, OPTIONS, ds_config, masters, parameters, update
+from tests.launch import run_ranks
+from tests.toy import Toy
+
+RANKS, ACCUMULATION, UPDATES = 2, 2, 4
+STAGES = range(4)
+BASES = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+EVERY_UPDATE = AGVM_BLOCK | {"interval": 1, "start_step": 0}
+ONE_MODULE = {"all": ["backbone", "neck", "rpn_head", "roi_head", "aux_head", "temperature"]}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is common to a run and to its baseline."""
+
+    stage: int
+    base: str = "SGD"
+    bf16: bool = False
+
+    def __str__(self) -> str:
+        return f"stage{self.stage} {self.base}{' bf16' if self.bf16 else ''}"
+
+    def config(self, agvm: dict[str, Any] | None) -> dict[str, Any]:
+        """Clips every update: the norm must be the baseline's, too."""
+        more: dict[str, Any] = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.3}
+        more |= {"bf16": {"enabled": True}} if self.bf16 else {}
+        return ds_config(self.stage, ACCUMULATION, self.base, agvm, **more)
+
+
+SETTINGS = [
+    *(Setting(stage, base) for base in BASES for stage in STAGES),
+    *(Setting(stage, bf16=True) for stage in STAGES),
+]
+
+
+def grouped(setting: Setting, model: Toy, modules: Any = None) -> torch.optim.Optimizer:
+    """The base itself, over the same parameter groups as AGVM's: the order of reductions and norms is theirs."""
+    return BASES[setting.base](param_groups(model, modules), **OPTIONS[setting.base])
+
+
+def wrapped(setting: Setting, model: Toy) -> AGVM:
+    return AGVM(param_groups(model), base=BASES[setting.base], **OPTIONS[setting.base])
+
+
+def plain(setting: Setting, model: Toy) -> Any:
+    return deepspeed.initialize(model=model, optimizer=grouped(setting, model), config=setting.config(None))[0]
+
+
+def plain_one_group(setting: Setting, model: Toy) -> Any:
+    groups = grouped(setting, model, ONE_MODULE)
+    return deepspeed.initialize(model=model, optimizer=groups, config=setting.config(None))[0]
+
+
+def plain_json(setting: Setting, model: Toy) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=setting.config(None))[0]
+
+
+def bounds_of_one(setting: Setting, model: Toy) -> Any:
+    return agvm_ds.initialize(model=model, config=setting.config(EVERY_UPDATE | {"ratio_bounds": [1, 1]}))[0]
+
+
+def bounds_of_one_by_hand(setting: Setting, model: Toy) -> Any:
+    config = setting.config(EVERY_UPDATE | {"ratio_bounds": [1, 1]})
+    engine = deepspeed.initialize(model=model, optimizer=wrapped(setting, model), config=config)[0]
+    agvm_ds.attach(engine)
+    agvm_ds.attach(engine)  # a second call does nothing
+    return engine
+
+
+def before_start(setting: Setting, model: Toy) -> Any:
+    return agvm_ds.initialize(model=model, config=setting.config(AGVM_BLOCK | {"start_step": UPDATES}))[0]
+
+
+def one_module(setting: Setting, model: Toy) -> Any:
+    block = EVERY_UPDATE | {"modules": ONE_MODULE, "anchor": "all"}
+    return agvm_ds.initialize(model=model, config=setting.config(block))[0]
+
+
+def off(setting: Setting, model: Toy) -> Any:
+    config = setting.config({"enabled": False})
+    return agvm_ds.initialize(model=model, optimizer=wrapped(setting, model), config=config)[0]
+
+
+def no_block(setting: Setting, model: Toy) -> Any:
+    engine = deepspeed.initialize(model=model, optimizer=wrapped(setting, model), config=setting.config(None))[0]
+    agvm_ds.attach(engine)
+    return engine
+
+
+def off_json(setting: Setting, model: Toy) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return agvm_ds.initialize(model=model, model_parameters=trained, config=setting.config({"enabled": False}))[0]
+
+
+def no_block_json(setting: Setting, model: Toy) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return agvm_ds.initialize(model=model, model_parameters=trained, config=setting.config(None))[0]
+
+
+Start = Callable[[Setting, Toy], Any]
+
+REDUCED: dict[Start, Start] = {
+    bounds_of_one: plain,
+    bounds_of_one_by_hand: plain,
+    before_start: plain,
+    one_module: plain_one_group,
+    off: plain,
+    no_block: plain,
+    off_json: plain_json,
+    no_block_json: plain_json,
+}
+"""How a run with nothing to modulate is started -> its baseline."""
+
+LESS = [bounds_of_one, one_module, off]
+"""What is tried with AdamW and in bf16; the paths of the others are the same."""
+
+
+def starts(setting: Setting) -> list[Start]:
+    return list(REDUCED) if setting.base == "SGD" and not setting.bf16 else LESS
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    losses: list[float]
+    parameters: dict[str, torch.Tensor]
+    masters: dict[str, torch.Tensor]
+    measured: int | None
+
+
+def outcome(start: Start, setting: Setting) -> Outcome:
+    """In a rank: train from the start."""
+    engine = start(setting, Toy())
+    losses = [loss for t in range(UPDATES) for loss in update(engine, t)]
+    agvm = getattr(engine, "agvm", None)
+    found = Outcome(losses, parameters(engine), masters(engine), agvm.measured if agvm else None)
+    engine.destroy()
+    return found
+
+
+def outcomes() -> dict[tuple[str, str], Outcome]:
+    """In a rank: (setting, start) -> what came of it."""
+    wanted = {(setting, start): None for setting in SETTINGS for run in starts(setting) for start in (run, REDUCED[run])}
+    return {(str(setting), start.__name__): outcome(start, setting) for setting, start in wanted}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Outcome]]:
+    """By rank."""
+    return run_ranks(outcomes, RANKS, tmp_path_factory.mktemp("reduction"))
+
+
+CASES = [(setting, start) for setting in SETTINGS for start in starts(setting)]
+
+
+@pytest.mark.parametrize(("setting", "start"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_it_is_the_plain_optimizer(
+    setting: Setting, start: Start, runs: list[dict[tuple[str, str], Outcome]]
+) -> None:
+    for by_start in runs:
+        found = by_start[str(setting), start.__name__]
+        baseline = by_start[str(setting), REDUCED[start].__name__]
+        assert found.losses == baseline.losses
+        for name, value in baseline.parameters.items():
+            assert torch.equal(found.parameters[name], value), name
+            assert torch.equal(found.masters[name], baseline.masters[name]), name
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_and_it_did_measure(setting: Setting, runs: list[dict[tuple[str, str], Outcome]]) -> None:
+    """The bounds and the single module are what makes the factors 1, not a measure that never took place."""
+    expected = {"bounds_of_one": UPDATES, "one_module": UPDATES, "off": None, "before_start": 0}
+    for (name, start), found in runs[0].items():
+        if name == str(setting) and start in expected:
+            assert found.measured == expected[start]
+
+
+def test_the_runs_are_not_all_the_same(runs: list[dict[tuple[str, str], Outcome]]) -> None:
+    """What is compared depends on stage and base where it may, and training has moved the weights."""
+    one, other = (runs[0][str(Setting(0, base)), "plain"].parameters for base in BASES)
+    start = dict(Toy().named_parameters())
+    for name in ("backbone.0.weight", "temperature", "roi_head.bbox_head.bias"):
+        assert not torch.equal(one[name], other[name])
+        assert not torch.equal(one[name], start[name])
