@@ -10,7 +10,17 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo
 
@@ -121,7 +131,7 @@ def read_block(deepspeed_config: Mapping[str, Any]) -> AGVMConfig | None:
     if block is None:
         return None
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{BLOCK}: must be an object like {{\"enabled\": true}}, not {block!r}")
+        raise ConfigError(f'{BLOCK}: must be an object like {{"enabled": true}}, not {block!r}')
     try:
         config = AGVMConfig.model_validate(dict(block))
     except ValidationError as error:

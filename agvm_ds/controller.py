@@ -163,7 +163,9 @@ class Controller:
             raise ConfigError(f"AGVM state of version {state.get('version')}; this release reads {STATE_VERSION}")
         saved = [group[NAME] for group in state["groups"]]
         if saved != self.groups or list(state["scale_factors"]) != self.modules:
-            raise ConfigError(f"the checkpoint's AGVM groups are {saved}, this run's are {self.groups}: they must agree")
+            raise ConfigError(
+                f"the checkpoint's AGVM groups are {saved}, this run's are {self.groups}: they must agree"
+            )
         for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update(settings)
         self.scale_factors = dict(state["scale_factors"])

@@ -106,8 +106,8 @@ def _agvm_optimizer(
     if not config.get("optimizer"):
         raise ConfigError('AGVM needs a base: the DeepSpeed config has no "optimizer" block, and none was passed')
     base, options = base_from_json(config["optimizer"])
-    given = list(model.parameters()) if parameters is None else list(parameters)
-    groups = given if given and isinstance(given[0], Mapping) else [{PARAMS: given}]
+    given: list[Any] = list(model.parameters()) if parameters is None else list(parameters)
+    groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{PARAMS: given}]
     return make_optimizer(cut_groups(groups, model, block.modules), base, options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class AGVM(Optimizer):
     """
 
     def __new__(cls, params: Any = None, base: type[Optimizer] = torch.optim.SGD, **options: Any) -> AGVM:
-        return super().__new__(_with_base(base) if cls is AGVM else cls)
+        return super().__new__(_with_base(base) if cls is AGVM else cls)  # type: ignore[arg-type]
 
     def __init__(self, params: Any, base: type[Optimizer] = torch.optim.SGD, **options: Any) -> None:
         groups = list(params)
@@ -85,7 +85,7 @@ class AGVM(Optimizer):
         return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _with_base(base: type[Optimizer]) -> type[AGVM]:
     return type(f"AGVM_{base.__name__}", (AGVM, base), {})
 

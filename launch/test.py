@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("config", help="an mmdet config file, or the name of one that mmdet ships")
     parser.add_argument("checkpoint", help="a .pth file")
     parser.add_argument("--out", help="write the raw results to this pickle file")
-    parser.add_argument("--eval", nargs="+", default=[], metavar="METRIC", help="default: the config's evaluation.metric")
+    parser.add_argument(
+        "--eval", nargs="+", default=[], metavar="METRIC", help="default: the config's evaluation.metric"
+    )
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -24,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line; DeepSpeed's launcher adds --local_rank."""
     result = Parser(description=__doc__)
     add = result.add_argument
-    add("config", nargs="?", help="an mmdet config file, or the name of one that mmdet ships (default: the built-in demo)")
+    add(
+        "config",
+        nargs="?",
+        help="an mmdet config file, or the name of one that mmdet ships (default: the built-in demo)",
+    )
     add("--work-dir", help="where everything is written (default: work_dirs/<name of the config>)")
     add("--resume", action="store_true", help="continue from the newest DeepSpeed checkpoint in the work dir")
     add("--load-from", metavar="X.pth", help="weights to start from")
@@ -33,7 +37,14 @@ def parser() -> argparse.ArgumentParser:
     add("--deterministic", action="store_true", help="deterministic cuDNN")
     add("--no-validate", action="store_true", help="no evaluation while training")
     add("--allow-other-categories", action="store_true", help="leave out annotations of categories not in the classes")
-    add("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the mmdet config")
+    add(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="changes to the mmdet config",
+    )
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return deepspeed.add_config_arguments(result)  # type: ignore[no-any-return]
 
@@ -42,7 +53,9 @@ def main() -> None:
     """Parse and train."""
     args = parser().parse_args()
     if not args.deepspeed_config:
-        raise ConfigError("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/agvm_zero2.json")
+        raise ConfigError(
+            "--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/agvm_zero2.json"
+        )
     train(
         TrainOptions(
             deepspeed_config=args.deepspeed_config,

@@ -23,7 +23,9 @@ class RankFailure(AssertionError):
     """A rank ended with an exception: which one, and its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 240
+) -> list[Any]:
     """Call ``function(*args)`` in ``world_size`` ranks of a gloo group; return what each returned, by rank.
 
     Raises RankFailure with the first failing rank's traceback, or when a rank does not end in ``timeout`` seconds; the

@@ -54,7 +54,11 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"interval": "10"}, "agvm.interval = '10'", "integer"),
     ({"start_step": -1}, "agvm.start_step = -1", "greater than or equal to 0"),
     ({"start_step": None}, "agvm.start_step = None", "integer"),
-    ({"start_step": 5, "stop_step": 4}, "agvm.stop_step = 4", "stops before it starts; allowed: null or >= start_step = 5"),
+    (
+        {"start_step": 5, "stop_step": 4},
+        "agvm.stop_step = 4",
+        "stops before it starts; allowed: null or >= start_step = 5",
+    ),
     ({"stop_step": -1}, "agvm.stop_step = -1", "greater than or equal to 0"),
     ({"ema_decay": 1.01}, "agvm.ema_decay = 1.01", "less than or equal to 1"),
     ({"ema_decay": -0.1}, "agvm.ema_decay = -0.1", "greater than or equal to 0"),

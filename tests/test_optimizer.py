@@ -73,7 +73,9 @@ def test_a_step_before_attach_is_refused(base: type[Optimizer]) -> None:
     model = Toy()
     optimizer = made(base, model, attached=False)
     gradients(model, 0)
-    with pytest.raises(RuntimeError, match=r"before agvm_ds\.attach\(engine\): call it once, after deepspeed.initialize"):
+    with pytest.raises(
+        RuntimeError, match=r"before agvm_ds\.attach\(engine\): call it once, after deepspeed.initialize"
+    ):
         optimizer.step()
     assert equal(model, Toy())
 
@@ -222,7 +224,9 @@ def test_its_state_dict_is_its_bases(base: type[Optimizer]) -> None:
     assert saved["param_groups"] == expected["param_groups"]
     assert saved["state"].keys() == expected["state"].keys()
     for index, entry in expected["state"].items():
-        assert all(torch.equal(torch.as_tensor(saved["state"][index][key]), torch.as_tensor(entry[key])) for key in entry)
+        assert all(
+            torch.equal(torch.as_tensor(saved["state"][index][key]), torch.as_tensor(entry[key])) for key in entry
+        )
     plain.load_state_dict(copy.deepcopy(saved))
 
 
@@ -316,7 +320,9 @@ def test_a_base_that_was_not_tried_is_refused(block: dict[str, Any]) -> None:
         base_from_json(block)
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.1, "momentun": 0.9}, {"lr": -1.0}, {"lr": 0.1, "nesterov": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"lr": 0.1, "momentun": 0.9}, {"lr": -1.0}, {"lr": 0.1, "nesterov": True}], ids=str
+)
 def test_arguments_that_the_base_refuses_are_mistakes_in_the_configuration(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.params: "):
         make_optimizer(param_groups(Toy()), torch.optim.SGD, options)

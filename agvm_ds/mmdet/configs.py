@@ -57,7 +57,7 @@ def config_path(name: str | None) -> Path:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """"folder/name" -> file, for every config that the installed mmdet ships."""
+    """ "folder/name" -> file, for every config that the installed mmdet ships."""
     package = Path(mmdet.__file__).parent
     root = next((place for place in (package / ".mim" / "configs", package.parent / "configs") if place.is_dir()), None)
     if root is None:

@@ -81,7 +81,7 @@ def check_files(cfg: Config) -> None:
 
 
 def _missing(node: Any, where: str) -> Iterator[str]:
-    """"where: not found: path" for each missing file of one data set config, wrappers (repeat, concat) included."""
+    """ "where: not found: path" for each missing file of one data set config, wrappers (repeat, concat) included."""
     if isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
             yield from _missing(item, f"{where}[{index}]")
@@ -112,9 +112,12 @@ def check_categories(data: Any, allow_others: bool) -> None:
         return
     first = bad[0]
     category = names.get(first["category_id"])
-    said = f"category {category!r}, which is not in the classes" if category else "a category that the file does not list"
+    said = (
+        f"category {category!r}, which is not in the classes" if category else "a category that the file does not list"
+    )
     raise HostError(
         f"{data.ann_file}: {len(bad)} annotations have a category that is not in the classes; the first is annotation "
         f"{first['id']} (category_id {first['category_id']}): {said} {tuple(data.CLASSES)}. Correct the file or "
-        "`classes` in the data config" + (", or pass --allow-other-categories to leave such annotations out" * bool(category))
+        "`classes` in the data config"
+        + (", or pass --allow-other-categories to leave such annotations out" * bool(category))
     )

@@ -62,7 +62,8 @@ def metrics_of(data: Any, results: list[Any], options: Mapping[str, Any], logger
     """The data set's own metrics as plain numbers; a metric of which nothing was detected counts as 0."""
     with warnings.catch_warnings():
         found = data.evaluate(results, logger=logger, **options)
-    numbers = {key: value if isinstance(value, str) else float(value) for key, value in found.items()}
+    # mmdet adds the figures once more as a text ("bbox_mAP_copypaste")
+    numbers = {key: float(value) for key, value in found.items() if not isinstance(value, str)}
     wanted = options.get("metric", [])
     for metric in [wanted] if isinstance(wanted, str) else wanted:
         if metric in ("bbox", "segm") and not any(key.startswith(f"{metric}_") for key in numbers):

@@ -23,6 +23,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 class EngineModel(nn.Module):
     """A DeepSpeed engine with the two methods that mmcv's runner calls; ``module`` is the detector."""
 
+    engine: Any
+
     def __init__(self, engine: Any) -> None:
         super().__init__()
         # Not a submodule: the runner and its hooks reach the parameters through ``module`` alone.

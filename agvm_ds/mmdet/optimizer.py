@@ -34,7 +34,9 @@ def build(detector: nn.Module, cfg: Config, plan: Plan) -> OptimizerSetup:
     """
     block = plan.deepspeed.get("optimizer")
     if block:
-        plan.notes.append(f"optimizer {block.get('type')} from the DeepSpeed JSON; the config's {cfg.optimizer.type} is set aside")
+        plan.notes.append(
+            f"optimizer {block.get('type')} from the DeepSpeed JSON; the config's {cfg.optimizer.type} is set aside"
+        )
     else:
         plan.notes.append(f"optimizer {cfg.optimizer.type} from the mmdet config")
     chosen = plan.agvm.modules if plan.agvm is not None else None
@@ -62,7 +64,9 @@ def paramwise_groups(detector: nn.Module, optimizer: Mapping[str, Any], settings
             "paramwise_cfg": optimizer.get("paramwise_cfg"),
         }
     )
-    return [{PARAMS: group["params"]} | {key: group[key] for key in rates} for group in constructor(detector).param_groups]
+    return [
+        {PARAMS: group["params"]} | {key: group[key] for key in rates} for group in constructor(detector).param_groups
+    ]
 
 
 def base_from_config(optimizer: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -24,7 +24,7 @@ def enable_half(detector: nn.Module, kind: str) -> None:
         fp16_utils.autocast = _no_autocast
     for module in detector.modules():
         if hasattr(module, "fp16_enabled"):
-            module.fp16_enabled = True
+            module.fp16_enabled = True  # type: ignore[assignment]
 
 
 def _cast_bf16(inputs: Any, src_type: torch.dtype, dst_type: torch.dtype) -> Any:

@@ -184,6 +184,6 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int, float)) and type(value) in (str, bool, int, float):
+    if value is None or (isinstance(value, (str, bool, int, float)) and type(value) in (str, bool, int, float)):
         return value
     return value.item() if hasattr(value, "item") else str(value)

@@ -1,3 +1,40 @@
-"""placeholder"""
-def summarize(work_dir, evaluation, clock, images, engine):
-    print("SUMMARY", evaluation.latest_metrics if evaluation else None, clock.seconds, clock.updates*images/clock.seconds, engine.agvm and engine.agvm.scale_factors, engine.agvm and engine.agvm.variances)
+"""What ``launch/train.py`` leaves at the end of a run: a table on the terminal, two pictures in the work dir."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from agvm_ds.mmdet.hooks import EngineEvalHook, ThroughputHook
+from agvm_ds.mmdet.report import draw_detections, plot_modules, read_measures, sample_of, summary_table
+from agvm_ds.monitor import FILE_NAME
+
+MODULES_PICTURE = "modules.png"
+DETECTIONS_PICTURE = "detections.png"
+
+
+def summarize(
+    work_dir: Path, evaluation: EngineEvalHook | None, clock: ThroughputHook, images: int, started: float, agvm: bool
+) -> None:
+    """Print the table and draw the pictures; rank 0 calls it.
+
+    images: in an update. started: the run's first moment, as ``time.perf_counter`` gives it.
+    """
+    log = work_dir / FILE_NAME
+    metrics = evaluation.latest_metrics if evaluation is not None else None
+    speed = clock.updates * images / clock.seconds if clock.seconds else 0.0
+    table = summary_table(metrics, time.perf_counter() - started, speed, read_measures(log) if agvm else None)
+    written: list[Any] = []
+    if agvm:
+        written.append(plot_modules(log, work_dir / MODULES_PICTURE, work_dir.name))
+    if evaluation is not None and evaluation.latest_results is not None:
+        dataset = evaluation.dataloader.dataset
+        sample = sample_of(dataset, evaluation.latest_results)
+        written.append(draw_detections(sample, dataset.CLASSES, work_dir / DETECTIONS_PICTURE))
+    console = Console()
+    console.print(table)
+    for path in filter(None, written):
+        console.print(f"picture: {path}")

@@ -57,6 +57,7 @@ class TrainOptions:
 
 def train(options: TrainOptions) -> None:
     """Train, evaluate, and leave the work dir complete. Raises ConfigError, before training, for bad input."""
+    started = time.perf_counter()
     plan, cfg, work_dir = prepare(options)
     init_distributed()
     if config_path(options.config) == DEMO_CONFIG:
@@ -83,7 +84,7 @@ def train(options: TrainOptions) -> None:
         logger.info(note)
     runner.run(loaders, [tuple(phase) for phase in cfg.workflow])
     if engine.global_rank == 0:
-        summarize(work_dir, evaluation, clock, plan.batch.train, engine)
+        summarize(work_dir, evaluation, clock, plan.batch.train, started, engine.agvm is not None)
     comm.barrier()
 
 
@@ -125,7 +126,10 @@ def make_demo_data(cfg: Config) -> None:
     from agvm_ds.demo.data import ensure
 
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        ensure(cfg.data_root)
+        try:
+            ensure(cfg.data_root)
+        except (OSError, ImportError) as error:
+            raise HostError(f"the built-in data: {error}") from error
     comm.barrier()
 
 

@@ -156,7 +156,9 @@ def outcome(start: Start, setting: Setting) -> Outcome:
 
 def outcomes() -> dict[tuple[str, str], Outcome]:
     """In a rank: (setting, start) -> what came of it."""
-    wanted = {(setting, start): None for setting in SETTINGS for run in starts(setting) for start in (run, REDUCED[run])}
+    wanted = {
+        (setting, start): None for setting in SETTINGS for run in starts(setting) for start in (run, REDUCED[run])
+    }
     return {(str(setting), start.__name__): outcome(start, setting) for setting, start in wanted}
 
 
@@ -170,9 +172,7 @@ CASES = [(setting, start) for setting in SETTINGS for start in starts(setting)]
 
 
 @pytest.mark.parametrize(("setting", "start"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_it_is_the_plain_optimizer(
-    setting: Setting, start: Start, runs: list[dict[tuple[str, str], Outcome]]
-) -> None:
+def test_it_is_the_plain_optimizer(setting: Setting, start: Start, runs: list[dict[tuple[str, str], Outcome]]) -> None:
     for by_start in runs:
         found = by_start[str(setting), start.__name__]
         baseline = by_start[str(setting), REDUCED[start].__name__]

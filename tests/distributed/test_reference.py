@@ -47,7 +47,9 @@ class Case:
 
     def __str__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        rest = [f"{key}={value}" for key, value in shown.items() if key not in ("ranks", "accumulation", "stage", "base")]
+        rest = [
+            f"{key}={value}" for key, value in shown.items() if key not in ("ranks", "accumulation", "stage", "base")
+        ]
         return " ".join([f"{self.ranks}x{self.accumulation} stage{self.stage} {self.base}", *rest])
 
     def config(self) -> dict[str, Any]:

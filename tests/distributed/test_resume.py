@@ -152,7 +152,13 @@ def refusal(stage: int, checkpoint: Path, modules: Any) -> str:
 
 
 def renamed_modules(place: Path, stage: int) -> str:
-    names = {"backbone": "backbone", "NECK": "neck", "rpn_head": "rpn_head", "roi_head": "roi_head", "aux_head": "aux_head"}
+    names = {
+        "backbone": "backbone",
+        "NECK": "neck",
+        "rpn_head": "rpn_head",
+        "roi_head": "roi_head",
+        "aux_head": "aux_head",
+    }
     return refusal(stage, place / f"stage{stage} SGD", {name: [prefix] for name, prefix in names.items()})
 
 
@@ -255,4 +261,3 @@ def load_nothing(place: Path) -> tuple[Any, Any, int]:
     """In a rank: load from a folder without checkpoints."""
     with started(ds_config(2, ACCUMULATION)) as engine:
         return *engine.load_checkpoint(place), engine.agvm.steps
-
