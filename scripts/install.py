@@ -100,7 +100,7 @@ def about_torch() -> None:
         print(
             "      No NVIDIA GPU here, and PyPI's torch brings its CUDA libraries with it. To do without them, stop now"
         )
-        print("      and start again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu", flush=True)
+        print("      and start again with PIP_EXTRA_INDEX_URL set to the index of CPU wheels that pytorch.org names", flush=True)
 
 
 def program(name: str, *command: str | Path, env: Mapping[str, str]) -> None:
