@@ -1,0 +1,129 @@
+"""What AGVM must not do in silence: start where it cannot measure, read a shard that is not there, fold in bad numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agvm_ds.config import ConfigError
+from agvm_ds.shards import ShardError
+from tests.engines import AGVM_BLOCK, backward, ds_config, started, update
+from tests.launch import run_ranks
+from tests.toy import Toy
+
+STAGES = (0, 1, 2, 3)
+
+STARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "one micro-batch": (ds_config(2, 1), "n = 1 micro-batch"),
+    "unknown anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "bakbone"}), "no module of that name"),
+    "frozen anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "frozen"}), "all its parameters are frozen"),
+    "unknown module": (ds_config(2, 2, agvm=AGVM_BLOCK | {"modules": ["nek"]}), "did you mean neck"),
+    "preconditioned": (ds_config(2, 2, "AdamW", AGVM_BLOCK | {"precondition": "auto"}), "agvm.precondition"),
+    "unmanaged": (ds_config(2, 2, managed_gradient_accumulation=False), "managed_gradient_accumulation"),
+    "bf16 stage 1": (
+        ds_config(1, 2, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+        "fp32 gradient accumulation",
+    ),
+}
+
+
+def said(config: dict[str, Any]) -> str:
+    """What ``initialize`` raises."""
+    try:
+        with started(config):
+            return "nothing"
+    except ConfigError as error:
+        return str(error)
+
+
+def poisoned(stage: int) -> tuple[Any, ...]:
+    """Counters before and after a measured update in which one micro-batch has infinite gradients."""
+    with started(ds_config(stage, 2)) as engine:
+        for t in range(3):
+            update(engine, t)
+        before = dict(engine.agvm.scale_factors), dict(engine.agvm.variances), engine.agvm.measured
+        update(engine, 3)
+        backward(engine, 4, 0)
+        engine.step()
+        backward(engine, 4, 1, scale=math.inf)
+        engine.step()
+        after = dict(engine.agvm.scale_factors), dict(engine.agvm.variances), engine.agvm.measured
+        return before, after, engine.agvm.steps
+
+
+def lost_shard(stage: int) -> str:
+    """What a measure says when a gradient is not where it should be."""
+    with started(ds_config(stage, 2)) as engine:
+        for t in range(2):
+            update(engine, t)
+        backward(engine, 2, 0)
+        engine.step()
+        backward(engine, 2, 1)
+        if stage == 0:
+            engine.module.neck.weight.grad = None
+        else:
+            engine.optimizer.averaged_gradients[0] = None if stage == 1 else [torch.zeros(1)]
+        try:
+            engine.step()
+        except ShardError as error:
+            return str(error)
+        return "nothing"
+
+
+def twice() -> str:
+    """What a second backward in one micro-batch of a measured update says."""
+    with started(ds_config(1, 2, agvm=AGVM_BLOCK | {"start_step": 0})) as engine:
+        backward(engine, 0, 0)
+        try:
+            backward(engine, 0, 0)
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+
+def everything() -> dict[str, Any]:
+    """In one rank: all checks, one engine after another."""
+    return {
+        "starts": {name: said(config) for name, (config, _) in STARTS.items()},
+        "poisoned": {stage: poisoned(stage) for stage in STAGES},
+        "lost": {stage: lost_shard(stage) for stage in STAGES},
+        "twice": twice(),
+    }
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    result: dict[str, Any] = run_ranks(everything, 1, Path(tmp_path_factory.mktemp("ranks")))[0]
+    return result
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_what_cannot_be_measured_is_refused_at_start(name: str, outcome: dict[str, Any]) -> None:
+    assert STARTS[name][1] in outcome["starts"][name]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_numbers_gone_bad_change_no_scale_factor(stage: int, outcome: dict[str, Any]) -> None:
+    before, after, steps = outcome["poisoned"][stage]
+    assert before[0] != dict.fromkeys(before[0], 1.0)
+    assert repr(after) == repr(before)  # repr: nan equals nan
+    assert steps == 5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_shard_that_is_not_there_is_an_error_never_a_zero(stage: int, outcome: dict[str, Any]) -> None:
+    assert any(
+        words in outcome["lost"][stage] for words in ("no averaged gradient", "is missing", "elements, expected")
+    )
+
+
+def test_two_gradients_in_one_micro_batch_are_refused(outcome: dict[str, Any]) -> None:
+    assert "got two gradients in one micro-batch" in outcome["twice"]
+
+
+def test_the_toy_has_a_frozen_module() -> None:
+    assert not any(parameter.requires_grad for parameter in Toy().frozen.parameters())
