@@ -98,9 +98,12 @@ def about_torch() -> None:
     installed = list((VENV / "lib").glob("python*/site-packages/torch/version.py"))
     if not chosen and not installed and not Path("/proc/driver/nvidia/version").exists():
         print(
-            "      No NVIDIA GPU here, and PyPI's torch brings its CUDA libraries with it. To do without them, stop now"
+            "      No NVIDIA GPU here, and PyPI's torch brings its CUDA libraries with it. To do without, stop now and"
         )
-        print("      and start again with PIP_EXTRA_INDEX_URL set to the index of CPU wheels that pytorch.org names", flush=True)
+        print(
+            "      start again with PIP_EXTRA_INDEX_URL set to the index of CPU wheels that pytorch.org names",
+            flush=True,
+        )
 
 
 def program(name: str, *command: str | Path, env: Mapping[str, str]) -> None:
