@@ -113,14 +113,13 @@ class ThroughputHook(Hook):
         self.updates = 0
         self._since = time.perf_counter()
 
+    def before_run(self, runner: Any) -> None:
+        """Where epochs are not counted, the first update begins here."""
+        self._since = time.perf_counter()
+
     def before_train_epoch(self, runner: Any) -> None:
         """An epoch's first update begins with its data."""
         self._since = time.perf_counter()
-
-    def before_train_iter(self, runner: Any) -> None:
-        """Where epochs are not counted, the clock starts with the first update."""
-        if self.updates == 0 and runner.iter == 0:
-            self._since = min(self._since, time.perf_counter())
 
     def after_train_iter(self, runner: Any) -> None:
         """An update is over."""
