@@ -50,7 +50,7 @@ class AGVMConfig(BaseModel):
     modules: list[Name] | dict[Name, list[Name]] | None = None
     """``null``: the model's top-level children; a list of dotted names; or name -> list of dotted prefixes."""
     estimator: Literal["pairwise", "split"] = "pairwise"
-    """How the gradient variance is estimated from the micro-batches of an update."""
+    """How the gradient variance is estimated: the mean over all splits of the micro-batches, or one split (the paper's)."""
     precondition: Literal["auto", "none"] = "auto"
     """``auto``: the variance of the preconditioned gradient for the Adam family; ``none``: of the gradient itself."""
     interval: Annotated[StrictInt, Field(ge=1)] = 10
@@ -65,15 +65,16 @@ class AGVMConfig(BaseModel):
     """[low, high] of the ratio of variances, before its square root; 0 < low <= 1 <= high."""
     eps: Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)] = 1e-6
     """Added to both variances of a ratio."""
+    reduce_bucket_size: Annotated[StrictInt, Field(ge=1)] = 500_000_000
+    """Elements that are reduced to their owners at once, where the estimator needs an elementwise sum."""
     clip_window: tuple[Step, Step] | None = None
     """[a, b] limits DeepSpeed's ``gradient_clipping`` to updates a <= t <= b; ``null``: every update."""
 
-    @field_validator("estimator")
+    @field_validator("reduce_bucket_size", mode="before")
     @classmethod
-    def _known_estimator(cls, value: str) -> str:
-        if value == "split":
-            raise _refuse('the "split" estimator is not available in this version; allowed: "pairwise"')
-        return value
+    def _whole_number(cls, value: Any) -> Any:
+        """DeepSpeed users write 5e8."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @field_validator("modules")
     @classmethod

@@ -11,16 +11,25 @@ from typing import Any
 
 import torch
 
+from agvm_ds.bases import preconditioned
 from agvm_ds.config import AGVMConfig, ConfigError
 from agvm_ds.estimators import Estimate, estimator_of
 from agvm_ds.groups import MODULE, NAME, PARAMS
-from agvm_ds.optimizer import AGVM
+from agvm_ds.optimizer import AGVM, Owned
 from agvm_ds.shards import Shards
 from agvm_ds.variance import moving_average, variance_ratio
 
 logger = logging.getLogger("agvm_ds")
 
 STATE_VERSION = 1
+
+_FROZEN = (
+    "DeepSpeed goes on stepping them (momentum, weight decay, in stage 3 their last gradient); restart with them frozen"
+)
+_THAWED = (
+    "parameters that were frozen at the start have been thawed: DeepSpeed does not step them, nor does AGVM measure them; "
+    "restart with them trainable"
+)
 
 
 @dataclass(frozen=True)
@@ -56,20 +65,25 @@ class Controller:
         self.steps = 0
         self.measured = 0
         self.listeners: list[Callable[[Measure], None]] = []
-        self._undefined: set[str] = set()
-        self._estimator = estimator_of(config.estimator, self.modules, shards.engine.device)
+        self._said: set[str] = set()
+        self._estimator = estimator_of(config, self.preconditioned, shards)
         self._observing = False
+        self._micro_batches = 0
         self._register_hooks()
         self.expect(0)
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the variance is that of the gradient as an Adam sees it."""
+        return self.config.precondition == "auto" and preconditioned(self.optimizer.base)
 
     # While gradients appear
 
     def _register_hooks(self) -> None:
-        index = {name: i for i, name in enumerate(self.modules)}
-        for module, parameter in self.optimizer.owned_parameters():
-            parameter.register_hook(self._hook(index[module], module, tuple(parameter.shape)))
+        for index, owned in enumerate(self.optimizer.owned):
+            owned.parameter.register_hook(self._hook(index, owned))
 
-    def _hook(self, module: int, name: str, shape: tuple[int, ...]) -> Callable[[torch.Tensor], None]:
+    def _hook(self, index: int, owned: Owned) -> Callable[[torch.Tensor], None]:
         """A gradient hook: it fires once a backward, however often the parameter was used in the forward."""
         seen = -1
 
@@ -79,19 +93,28 @@ class Controller:
                 return
             if seen == self.shards.engine.micro_steps:
                 raise RuntimeError(
-                    f"AGVM: a parameter of module {name}, shape {shape}, got two gradients in one micro-batch. A module "
-                    "used in several reentrant checkpoints, or two backward calls before engine.step(), cannot be "
-                    "measured: use checkpointing with use_reentrant=False, and one backward a micro-batch"
+                    f"AGVM: a parameter of module {owned.module}, shape {tuple(gradient.shape)}, got two gradients in one "
+                    "micro-batch. A module used in several reentrant checkpoints, or two backward calls before "
+                    "engine.step(), cannot be measured: use checkpointing with use_reentrant=False, and one backward a "
+                    "micro-batch"
                 )
             seen = self.shards.engine.micro_steps
-            self._estimator.observe(module, gradient)
+            self._estimator.observe(index, gradient)
 
         return hook
+
+    def end_micro_batch(self) -> None:
+        """A backward is over, and DeepSpeed about to reduce what it has left; every rank calls this."""
+        if self._observing:
+            self._estimator.end_micro_batch(self.shards.engine.micro_steps % self.shards.accumulation)
+            self._micro_batches += 1
 
     def expect(self, t: int) -> None:
         """Get ready for the micro-batches of update t."""
         self._observing = self.config.measured(t)
+        self._micro_batches = 0
         if self._observing:
+            self._tell_frozen(t)
             self._estimator.start()
 
     # At the accumulation boundary
@@ -100,18 +123,15 @@ class Controller:
         """The statistics of update t and the scale factors that follow; None when t is not measured, or unusable."""
         if not self.config.measured(t):
             return None
-        sums = self.shards.add_up(self._estimator.local_sums(self.shards))
+        if self._micro_batches != self.shards.accumulation:
+            counts = f"{self._micro_batches} micro-batches instead of {self.shards.accumulation}"
+            self._warn_once(f"update {t}: {counts}: not measured")
+            return None
+        sums = self.shards.add_up(self._estimator.local_sums())
         if not bool(torch.isfinite(sums).all()):
             self._warn(f"update {t}: gradients are not finite; no scale factor changes")
             return None
-        engine = self.shards.engine
-        estimates = self._estimator.estimates(
-            sums,
-            ranks=self.shards.ranks,
-            accumulation=int(engine.gradient_accumulation_steps()),
-            images=int(engine.train_micro_batch_size_per_gpu()),
-        )
-        return self._judge(t, dict(zip(self.modules, estimates, strict=True)))
+        return self._judge(t, dict(zip(self.modules, self._estimator.estimates(sums), strict=True)))
 
     def _judge(self, t: int, found: Mapping[str, Estimate]) -> Measure:
         """Ratios and new scale factors; a module whose own variance, or the anchor's, is undefined keeps its own."""
@@ -182,11 +202,24 @@ class Controller:
     # Words
 
     def _tell_undefined(self, t: int, name: str) -> None:
-        if name in self._undefined:
-            return
-        self._undefined.add(name)
         keeps = "no scale factor changes" if name == self.anchor else "its scale factor stays"
-        self._warn(f"update {t}: module {name} has no gradient to measure; {keeps} (said once)")
+        self._warn_once(f"update {t}: module {name} has no gradient to measure; {keeps}", about=f"undefined {name}")
+
+    def _tell_frozen(self, t: int) -> None:
+        """What DeepSpeed took at start is what it steps: freezing or thawing a parameter later does not change that."""
+        owned = {id(owned.parameter) for owned in self.optimizer.owned}
+        frozen = {owned.module for owned in self.optimizer.owned if not owned.parameter.requires_grad}
+        for name in sorted(frozen):
+            self._warn_once(
+                f"update {t}: parameters of {name} were frozen after the start; {_FROZEN}", f"frozen {name}"
+            )
+        if any(p.requires_grad and id(p) not in owned for p in self.shards.engine.module.parameters()):
+            self._warn_once(f"update {t}: {_THAWED}", "thawed")
+
+    def _warn_once(self, message: str, about: str = "") -> None:
+        if (about or message) not in self._said:
+            self._said.add(about or message)
+            self._warn(f"{message} (said once)")
 
     def _warn(self, message: str) -> None:
         if self.shards.rank == 0:

@@ -16,13 +16,14 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch import nn
 from torch.optim import Optimizer
 
+from agvm_ds.bases import base_from_json, offloads, warning_of
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.controller import Controller
 from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.monitor import deepspeed_events
-from agvm_ds.optimizer import AGVM, base_from_json
+from agvm_ds.optimizer import AGVM
 from agvm_ds.shards import shards_of
-from agvm_ds.support import refuse_unsupported
+from agvm_ds.support import refuse_configuration, refuse_unsupported
 
 logger = logging.getLogger("agvm_ds")
 
@@ -59,6 +60,7 @@ def initialize(
     # AGVM, and torch's SGD as its baseline, are "untested" for ZeRO; the key only opens a door.
     config.setdefault("zero_allow_untested_optimizer", True)
     if block is not None:
+        refuse_configuration(config)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
         model_parameters = None
     result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
@@ -95,7 +97,7 @@ def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _agvm_optimizer(
-    optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None, block: AGVMConfig, config: Mapping[str, Any]
+    optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None, block: AGVMConfig, config: dict[str, Any]
 ) -> AGVM:
     if isinstance(optimizer, AGVM):
         return optimizer
@@ -105,7 +107,9 @@ def _agvm_optimizer(
         )
     if not config.get("optimizer"):
         raise ConfigError('AGVM needs a base: the DeepSpeed config has no "optimizer" block, and none was passed')
-    base, options = base_from_json(config["optimizer"])
+    base, options = base_from_json(config)
+    if offloads(config):  # a base that the JSON names is DeepSpeed's own choice, which it does not question
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
     given: list[Any] = list(model.parameters()) if parameters is None else list(parameters)
     groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{PARAMS: given}]
     return make_optimizer(cut_groups(groups, model, block.modules), base, options)
@@ -141,12 +145,34 @@ def attach(engine: Any) -> None:
 
 
 def _controller(engine: Any, optimizer: AGVM, block: AGVMConfig) -> Controller:
+    _restore_optimizer(engine, optimizer)
+    if (warning := warning_of(optimizer.base, int(engine.zero_optimization_stage()))) and engine.global_rank == 0:
+        logger.warning("AGVM: %s", warning)
     controller = Controller(block, optimizer, shards_of(engine, optimizer))
     if engine.monitor.enabled and engine.global_rank == 0:
         controller.listeners.append(deepspeed_events(controller))
+    _join_backward(engine, controller)
     _join_step(engine, controller)
     _join_checkpoints(engine, controller)
     return controller
+
+
+def _restore_optimizer(engine: Any, optimizer: AGVM) -> None:
+    """ZeRO puts an Adagrad of its own, with one group, in the place of any Adagrad: put AGVM back."""
+    if engine.optimizer is not optimizer and engine.optimizer.optimizer is not optimizer:
+        engine.optimizer.optimizer = optimizer
+
+
+def _join_backward(engine: Any, controller: Controller) -> None:
+    """A micro-batch ends with its backward, on every rank alike, before DeepSpeed reduces what is left."""
+    epilogue = engine._backward_epilogue
+
+    @wraps(epilogue)
+    def backward_epilogue(*args: Any, **kwargs: Any) -> None:
+        controller.end_micro_batch()
+        epilogue(*args, **kwargs)
+
+    engine._backward_epilogue = backward_epilogue
 
 
 def _join_step(engine: Any, controller: Controller) -> None:

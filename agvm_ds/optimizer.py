@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from agvm_ds.bases import begin_state, problem_of
 from agvm_ds.config import ConfigError
 from agvm_ds.groups import MODULE, NAME, PARAMS
 
-BASES: dict[str, type[Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
-"""The optimizers that were tried under AGVM, by the name that a DeepSpeed JSON gives them."""
+
+@dataclass(frozen=True)
+class Owned:
+    """One of the model's parameters, as it was given to AGVM."""
+
+    group: int
+    """Index of its parameter group."""
+    module: str
+    parameter: torch.Tensor
 
 
 class AGVM(Optimizer):
@@ -25,9 +34,10 @@ class AGVM(Optimizer):
     learning-rate schedulers and DeepSpeed's checkpoints are the base's own, and nothing is kept twice.
 
     params: groups of ``agvm_ds.param_groups``, each with ``"module"`` and a unique ``"name"``.
-    base: a class of ``torch.optim`` that treats each element by itself (SGD, AdamW). options: its arguments.
+    base: an optimizer that treats each element by itself, of ``torch.optim`` or DeepSpeed. options: its arguments.
 
-    Raises ConfigError when a group lacks its module or name, and RuntimeError for a step before ``attach``.
+    Raises ConfigError when a group lacks its module or name, or for a base that cannot be modulated (LBFGS, Muon, ...),
+    and RuntimeError for a step before ``attach``.
     """
 
     def __new__(cls, params: Any = None, base: type[Optimizer] = torch.optim.SGD, **options: Any) -> AGVM:
@@ -36,21 +46,21 @@ class AGVM(Optimizer):
     def __init__(self, params: Any, base: type[Optimizer] = torch.optim.SGD, **options: Any) -> None:
         groups = list(params)
         _check_groups(groups)
+        if problem := problem_of(base):
+            raise ConfigError(problem)
         self.base = base
         self.attached = False
         self._factors: Mapping[str, float] = {}
         # ZeRO replaces a group's parameters by a flat partition: remember which ones were the module's.
-        self._owned = [(group[MODULE], parameter) for group in groups for parameter in group[PARAMS]]
+        self.owned = [Owned(i, group[MODULE], p) for i, group in enumerate(groups) for p in group[PARAMS]]
         super().__init__(groups, **options)
+        if issubclass(base, torch.optim.Adagrad):
+            self.state.clear()  # made for parameters that ZeRO will replace; begin_state makes it anew
 
     @property
     def modules(self) -> list[str]:
         """The modules' names, in the order of the groups."""
-        return list(dict.fromkeys(module for module, _ in self._owned))
-
-    def owned_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(module, parameter) for the model's own parameters, as they were given."""
-        return iter(self._owned)
+        return list(dict.fromkeys(owned.module for owned in self.owned))
 
     @contextmanager
     def modulated(self, factors: Mapping[str, float]) -> Iterator[None]:
@@ -68,6 +78,7 @@ class AGVM(Optimizer):
                 "AGVM.step() before agvm_ds.attach(engine): call it once, after deepspeed.initialize "
                 "(agvm_ds.initialize does both)"
             )
+        begin_state(self)
         shown = [(group, group["lr"]) for group in self.param_groups]
         try:
             for group, lr in shown:
@@ -105,21 +116,3 @@ def _check_groups(groups: Sequence[Any]) -> None:
     names = [group[NAME] for group in groups]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f'AGVM: the "{NAME}" of parameter groups must be unique; given twice: {sorted(twice)}')
-
-
-def base_from_json(block: Mapping[str, Any]) -> tuple[type[Optimizer], dict[str, Any]]:
-    """(base class, its arguments) for the ``optimizer`` block of a DeepSpeed JSON, in the words DeepSpeed users write.
-
-    As in DeepSpeed, "Adam" means AdamW unless ``adam_w_mode`` is false. ``torch_adam`` is accepted and needless: under
-    AGVM it is torch's AdamW in any case. Raises ConfigError for a type that has not been tried under AGVM.
-    """
-    params = dict(block.get("params", {}))
-    name = str(block.get("type"))
-    params.pop("torch_adam", None)
-    decoupled = params.pop("adam_w_mode", True)
-    if name.lower() in ("adam", "adamw") and (name.lower() == "adamw" or decoupled):
-        name = "AdamW"
-    known = {key.lower(): base for key, base in BASES.items()}
-    if name.lower() not in known:
-        raise ConfigError(f"optimizer.type = {name!r}: not supported under AGVM; allowed: {', '.join(BASES)}")
-    return known[name.lower()], params

@@ -2,73 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from agvm_ds.bases import problem_of
 from agvm_ds.config import AGVMConfig, ConfigError
-from agvm_ds.optimizer import AGVM, BASES
+from agvm_ds.optimizer import AGVM
 
 
-def _offloads(engine: Any) -> bool:
-    devices = [config.device for config in (engine.zero_offload_optimizer(), engine.zero_offload_param()) if config]
-    return any(str(getattr(device, "value", device)) != "none" for device in devices)
+@dataclass(frozen=True)
+class Refusal:
+    """A value of a DeepSpeed configuration that AGVM does not work with."""
+
+    path: str
+    """Dotted keys."""
+    why: str
+    refused: Callable[[Any], bool] = bool
+    """Of the value, when the configuration has one."""
+
+    def problem(self, config: Mapping[str, Any]) -> str | None:
+        """What to tell, None when the configuration is fine."""
+        value: Any = config
+        for key in self.path.split("."):
+            if not isinstance(value, Mapping) or value.get(key) is None:
+                return None
+            value = value[key]
+        return f"{self.path} = {value!r}: not supported with AGVM: {self.why}" if self.refused(value) else None
 
 
-def _bf16_fp32_accumulation(engine: Any) -> bool:
-    return bool(type(engine.optimizer).__name__ == "BF16_Optimizer")
+def _above_one(value: Any) -> bool:
+    return bool(value > 1)
 
 
-def _parallel(engine: Any) -> bool:
-    return bool(engine.pipeline_parallelism or engine.sequence_parallel_size > 1 or engine.autotp_size() > 1)
+_ZERO = "zero_optimization"
+_QUANTIZED = "the gradients that are averaged are not the micro-gradients'"
+_CPU_ADAM = "DeepSpeed wants its CPU Adam itself there, not a client optimizer"
+_ELSEWHERE = "gradients and optimizer state are then on disk, or with another optimizer"
 
-
-REFUSED: list[tuple[Callable[[Any], Any], str]] = [
-    (_offloads, "zero_optimization.offload_optimizer / offload_param: gradients then lie elsewhere"),
-    (_bf16_fp32_accumulation, "bf16 with fp32 gradient accumulation in ZeRO stage 1: gradients then lie elsewhere"),
-    (lambda e: not e.managed_gradient_accumulation(), "managed_gradient_accumulation: false (n is not known)"),
-    (_parallel, "pipeline, sequence or tensor parallelism"),
-    (lambda e: e.has_moe_layers, "mixture-of-experts layers"),
-    (lambda e: e.zero_elastic_checkpoint(), "zero_optimization.elastic_checkpoint (torch's optimizers have no step)"),
-    (lambda e: e.zenflow, "zero_optimization.zenflow"),
-    (lambda e: e.is_deepcompile_enabled(), "compile.deepcompile"),
-    (lambda e: e.zero_quantized_gradients(), "zero_optimization.zero_quantized_gradients"),
-    (lambda e: e.zero_hpz_partition_size() > 1, "zero_optimization.zero_hpz_partition_size > 1"),
-    (lambda e: e.torch_autocast_enabled(), "torch_autocast"),
+REFUSED = [
+    Refusal("managed_gradient_accumulation", "n is not known before the update ends", lambda v: not v),
+    Refusal("sparse_gradients", "sparse gradients have no place in a shard"),
+    Refusal(f"{_ZERO}.elastic_checkpoint", 'it wants a "step" in the parameter groups, which torch\'s optimizers lack'),
+    Refusal(f"{_ZERO}.zenflow", "it steps a part of the gradient, with other optimizers", lambda v: True),
+    Refusal(f"{_ZERO}.zero_quantized_gradients", _QUANTIZED),
+    Refusal(f"{_ZERO}.zeropp_loco_param", _QUANTIZED, lambda v: True),
+    Refusal(f"{_ZERO}.zero_hpz_partition_size", "weights are then partitioned twice; not tried", _above_one),
+    Refusal(f"{_ZERO}.mics_shard_size", "shards are then those of a part of the ranks", lambda v: v > 0),
+    Refusal(f"{_ZERO}.offload_optimizer.device", _ELSEWHERE, lambda v: v == "nvme"),
+    Refusal(f"{_ZERO}.offload_optimizer.ratio", _ELSEWHERE, lambda v: v != 1),
+    Refusal(f"{_ZERO}.offload_optimizer.super_offload", _ELSEWHERE),
+    Refusal(f"{_ZERO}.offload_param.device", "parameters on disk were not tried", lambda v: v == "nvme"),
+    Refusal("bf16.bf16_master_weights_and_grads", _CPU_ADAM),
+    Refusal("bf16.bf16_optimizer_states", _CPU_ADAM),
+    Refusal("fp16.fp16_master_weights_and_grads", _CPU_ADAM),
+    Refusal("compile.deepcompile", "its compiled backward reduces gradients in its own way"),
+    Refusal("tensor_parallel.autotp_size", "tensor parallelism was not tried", _above_one),
+    Refusal("sequence_parallel_size", "sequence parallelism was not tried", _above_one),
 ]
-"""(question to the engine, what is refused)."""
+"""Looked up in the configuration before DeepSpeed starts."""
+
+
+def refuse_configuration(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError with everything in a DeepSpeed configuration that AGVM cannot work with, all together."""
+    _raise(_configuration_problems(config))
 
 
 def refuse_unsupported(engine: Any, config: AGVMConfig, optimizer: AGVM) -> None:
     """Raise ConfigError with everything in this engine that AGVM cannot measure exactly, all together."""
-    problems = [f"{what}: not supported with AGVM" for asked, what in REFUSED if asked(engine)]
-    problems += _optimizer_problems(config, optimizer)
-    problems += _module_problems(engine, config, optimizer)
+    problems = _configuration_problems(engine._config._param_dict)
+    problems += _model_problems(engine, config, optimizer)
+    if problem := problem_of(optimizer.base):
+        problems.append(problem)
     n = engine.dp_world_size * engine.gradient_accumulation_steps()
     if n < 2:
         problems.append(
             f"an update has n = {n} micro-batch (1 data-parallel rank x 1 accumulation step), and the gradient variance "
             "needs at least 2: use more ranks, or a smaller train_micro_batch_size_per_gpu at the same train_batch_size"
         )
+    _raise(problems)
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n  ".join(["AGVM cannot start:", *problems]))
 
 
-def _optimizer_problems(config: AGVMConfig, optimizer: AGVM) -> list[str]:
-    if optimizer.base not in BASES.values():
-        return [f"base optimizer {optimizer.base.__name__}: not supported with AGVM; allowed: {', '.join(BASES)}"]
-    if config.precondition == "auto" and issubclass(optimizer.base, BASES["AdamW"]):
-        return [
-            f'agvm.precondition = "auto" with {optimizer.base.__name__}: the variance of the preconditioned gradient is '
-            'not available in this version; allowed: "none" (the variance of the gradient itself)'
-        ]
-    return []
+def _configuration_problems(config: Mapping[str, Any]) -> list[str]:
+    return [problem for refusal in REFUSED if (problem := refusal.problem(config))]
 
 
-def _module_problems(engine: Any, config: AGVMConfig, optimizer: AGVM) -> list[str]:
-    if config.anchor in optimizer.modules:
-        return []
-    known = f"allowed: {', '.join(optimizer.modules)}"
-    inside = [p for name, p in engine.module.named_parameters() if name.startswith(f"{config.anchor}.")]
-    if inside and not any(p.requires_grad for p in inside):
-        return [f"agvm.anchor = {config.anchor!r}: all its parameters are frozen; {known}"]
-    return [f"agvm.anchor = {config.anchor!r}: no module of that name is trained; {known}"]
+def _model_problems(engine: Any, config: AGVMConfig, optimizer: AGVM) -> list[str]:
+    problems = []
+    if engine.pipeline_parallelism or engine.sequence_parallel_size > 1 or engine.mp_world_size > 1:
+        problems.append("pipeline, sequence or tensor parallelism: not supported with AGVM: not tried")
+    if engine.has_moe_layers:
+        problems.append("mixture-of-experts layers: not supported with AGVM: experts are averaged over other ranks")
+    if config.anchor not in optimizer.modules:
+        problems.append(_anchor_problem(engine, config.anchor, optimizer.modules))
+    return problems
+
+
+def _anchor_problem(engine: Any, anchor: str, modules: list[str]) -> str:
+    inside = [p for name, p in engine.module.named_parameters() if name.startswith(f"{anchor}.")]
+    frozen = bool(inside) and not any(p.requires_grad for p in inside)
+    why = "all its parameters are frozen" if frozen else "no module of that name is trained"
+    return f"agvm.anchor = {anchor!r}: {why}; allowed: {', '.join(modules)}"

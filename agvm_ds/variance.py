@@ -36,9 +36,24 @@ def pairwise_variance(s2: float, g2: float, n: int) -> float:
     """
     m, c = micro_moments(s2, g2, n)
     half_square = (2 / n) * m + (1 - 2 / n) * c
-    if not half_square > 0:
+    if not (m > 0 and half_square > 0):
         return UNDEFINED
-    return min(max(1 - c / half_square, 0.0), 2.0)
+    return _clamped(1 - c / half_square)
+
+
+def split_variance(ab: float, aa: float, bb: float) -> float:
+    """Phi = 1 - cos(G_A, G_B) from <G_A, G_B>, |G_A|^2 and |G_B|^2 (AGVM paper, section 3.2).
+
+    Clamped to [0, 2]; UNDEFINED when one of the halves is zero. A common factor of all three has no effect.
+    """
+    if not (aa > 0 and bb > 0):
+        return UNDEFINED
+    return _clamped(1 - ab / (math.sqrt(aa) * math.sqrt(bb)))
+
+
+def _clamped(phi: float) -> float:
+    """Phi lies in [0, 2] but for rounding."""
+    return min(max(phi, 0.0), 2.0)
 
 
 def noise_scale(s2: float, g2: float, n: int, images: int) -> float:

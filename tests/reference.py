@@ -1,7 +1,7 @@
 """AGVM written down slowly from its formulas: one process, float64, every micro-gradient kept, no DeepSpeed.
 
-The pairwise variance is computed here from its meaning (inner products of all pairs of micro-gradients), not from the sums
-that the library uses, so that an error in the algebra cannot hide in both.
+The variances are computed here from their meaning (inner products of all pairs of micro-gradients; the cosine of the means
+of two halves), not from the sums that the library uses, so that an error in the algebra cannot hide in both.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from tests.toy import MODULES_WITH_AUX, Toy, micro_batch
 class Reference:
     """Trains a float64 Toy and records, after every update, scale factors and parameters."""
 
-    n: int
+    ranks: int
+    accumulation: int = 1
     rows: int = 4
+    estimator: str = "pairwise"
+    preconditioned: bool = False
     interval: int = 2
     start: int = 1
     stop: int | None = None
@@ -35,8 +38,11 @@ class Reference:
     modules: list[str] = field(default_factory=lambda: list(MODULES_WITH_AUX))
     anchor: str = "backbone"
 
+    model: nn.Module = field(default_factory=Toy)
+
     def __post_init__(self) -> None:
-        self.model = Toy().double()
+        self.n = self.ranks * self.accumulation
+        self.model = self.model.double()
         self.by_module: dict[str, list[nn.Parameter]] = {name: [] for name in [*self.modules, "rest"]}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -59,22 +65,44 @@ class Reference:
             result.append({name: torch.cat([grad(p).flatten() for p in ps]) for name, ps in self.by_module.items()})
         return result
 
-    def estimate(self, gradients: list[torch.Tensor]) -> tuple[float, float]:
-        """(Phi, B in images) from all pairs of micro-gradients."""
+    def estimate(self, name: str, gradients: list[torch.Tensor]) -> tuple[float, float]:
+        """(Phi, B in images) of a module from its micro-gradients; B is the pairwise estimator's only."""
+        if not any(bool(g.any()) for g in gradients):
+            return math.nan, math.nan
+        v, group = self.second_moment(name), self.optimizer.param_groups[list(self.by_module).index(name)]
+        if self.estimator == "split":
+            halves = self.halves(gradients)
+            if self.preconditioned:
+                halves = [official(half, v, self.n, group["betas"][1], group["eps"]) for half in halves]
+            return 1 - float(torch.cosine_similarity(*halves, dim=0, eps=0.0)), math.nan
+        if self.preconditioned:
+            gradients = [g / (v.sqrt() + group["eps"]) if bool(v.any()) else g for g in gradients]
+        return self.all_pairs(gradients)
+
+    def halves(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Mean gradients of the lower half of the ranks, or of one rank's first half of the steps, and of the rest."""
+        a = self.ranks // 2 * self.accumulation if self.ranks > 1 else self.accumulation // 2
+        return [sum(part) / len(part) for part in (gradients[:a], gradients[a:])]
+
+    def all_pairs(self, gradients: list[torch.Tensor]) -> tuple[float, float]:
+        """The mean over all splits into halves of n / 2, and the noise scale."""
         m = sum(float(g @ g) for g in gradients) / self.n
         pairs = [float(a @ b) for a, b in combinations(gradients, 2)]
         c = sum(pairs) / len(pairs)
-        if m == 0:
-            return math.nan, math.nan
         phi = 1 - c / ((2 / self.n) * m + (1 - 2 / self.n) * c)
         return min(max(phi, 0), 2), (self.rows * (m - c) / c if c > 0 else math.inf)
+
+    def second_moment(self, name: str) -> torch.Tensor:
+        """The Adams' v of a module as one vector, zeros before the first update."""
+        moments = [self.optimizer.state[p].get("exp_avg_sq", torch.zeros_like(p)) for p in self.by_module[name]]
+        return torch.cat([moment.detach().flatten() for moment in moments])
 
     def update(self, t: int) -> None:
         """One update of the global batch."""
         micro = self.micro_gradients(t)
         active = self.start <= t and (self.stop is None or t <= self.stop)
         if active and t % self.interval == 0:
-            found = {name: self.estimate([g[name] for g in micro]) for name in self.by_module}
+            found = {name: self.estimate(name, [g[name] for g in micro]) for name in self.by_module}
             self.phi = {name: phi for name, (phi, _) in found.items()}
             self.noise = {name: noise for name, (_, noise) in found.items()}
             for name, phi in self.phi.items():
@@ -105,6 +133,12 @@ class Reference:
     def parameters(self) -> dict[str, list[float]]:
         """name -> values, for comparison."""
         return {name: p.detach().flatten().tolist() for name, p in self.model.named_parameters()}
+
+
+def official(half: torch.Tensor, v: torch.Tensor, n: int, beta2: float, eps: float) -> torch.Tensor:
+    """The official implementation's preconditioned gradient of a half, which it takes before rescaling by n."""
+    raw = half / n
+    return torch.where(raw == 0, 0.0, half / ((beta2 * v + (1 - beta2) * raw * raw) ** 0.5 + eps))
 
 
 def grad(parameter: nn.Parameter) -> torch.Tensor:

@@ -23,6 +23,7 @@ DEFAULTS = {
     "ema_decay": 0.97,
     "ratio_bounds": (0.5, 10.0),
     "eps": 1e-6,
+    "reduce_bucket_size": 500_000_000,
     "clip_window": None,
 }
 
@@ -45,7 +46,9 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"modules": {}}, "agvm.modules", "no module is named"),
     ({"modules": {"neck": []}}, "agvm.modules", "no prefix is given for neck"),
     ({"modules": ["neck", "backbone", "neck"]}, "agvm.modules", "a name is given twice"),
-    ({"estimator": "split"}, "agvm.estimator = 'split'", 'not available in this version; allowed: "pairwise"'),
+    ({"reduce_bucket_size": 0}, "agvm.reduce_bucket_size = 0", "greater than or equal to 1"),
+    ({"reduce_bucket_size": 0.5}, "agvm.reduce_bucket_size = 0.5", "valid integer"),
+    ({"reduce_bucket_size": True}, "agvm.reduce_bucket_size = True", "valid integer"),
     ({"estimator": "halves"}, "agvm.estimator = 'halves'", "'pairwise'"),
     ({"precondition": "always"}, "agvm.precondition = 'always'", "'auto' or 'none'"),
     ({"interval": 0}, "agvm.interval = 0", "greater than or equal to 1"),
@@ -94,7 +97,7 @@ def test_every_key_is_read() -> None:
         "enabled": True,
         "anchor": "neck",
         "modules": {"neck": ["neck"], "heads": ["rpn_head", "roi_head"]},
-        "estimator": "pairwise",
+        "estimator": "split",
         "precondition": "none",
         "interval": 1,
         "start_step": 3,
@@ -102,6 +105,7 @@ def test_every_key_is_read() -> None:
         "ema_decay": 0,
         "ratio_bounds": [1, 1],
         "eps": 1e-3,
+        "reduce_bucket_size": 1e6,
         "clip_window": [0, 0],
     }
     config = read_block({"agvm": block})

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
 import agvm_ds
 from agvm_ds import AGVM, ConfigError, param_groups
 from agvm_ds.engine import make_optimizer
-from agvm_ds.optimizer import base_from_json
 from tests.toy import Toy, micro_batch
 
 BASES: dict[type[Optimizer], dict[str, Any]] = {
@@ -283,41 +282,6 @@ def test_a_module_may_have_several_groups() -> None:
     train(one, optimizers[0], range(2), {"heads": 2.0})
     train(other, optimizers[1], range(2))
     assert equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("block", "base", "options"),
-    [
-        ({"type": "SGD", "params": {"lr": 0.1}}, torch.optim.SGD, {"lr": 0.1}),
-        ({"type": "sgd"}, torch.optim.SGD, {}),
-        ({"type": "AdamW", "params": {"lr": 0.1}}, torch.optim.AdamW, {"lr": 0.1}),
-        ({"type": "Adam", "params": {"lr": 0.1}}, torch.optim.AdamW, {"lr": 0.1}),
-        ({"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": True}}, torch.optim.AdamW, {}),
-        ({"type": "AdamW", "params": {"torch_adam": True, "adam_w_mode": False}}, torch.optim.AdamW, {}),
-    ],
-)
-def test_a_base_is_named_as_deepspeed_names_it(
-    block: dict[str, Any], base: type[Optimizer], options: dict[str, Any]
-) -> None:
-    before = copy.deepcopy(block)
-    assert base_from_json(block) == (base, options)
-    assert block == before, "the user's configuration is left alone"
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        {"type": "Adam", "params": {"adam_w_mode": False}},
-        {"type": "Lamb"},
-        {"type": "OneBitAdam"},
-        {"type": "RMSprop"},
-        {"params": {"lr": 0.1}},
-    ],
-    ids=str,
-)
-def test_a_base_that_was_not_tried_is_refused(block: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="optimizer.type = .*: not supported under AGVM; allowed: SGD, AdamW"):
-        base_from_json(block)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ from itertools import combinations
 import pytest
 import torch
 
-from agvm_ds.variance import micro_moments, moving_average, noise_scale, pairwise_variance, variance_ratio
+from agvm_ds.variance import (
+    micro_moments,
+    moving_average,
+    noise_scale,
+    pairwise_variance,
+    split_variance,
+    variance_ratio,
+)
 
 SQRT_HALF = math.sqrt(0.5)
 
@@ -147,3 +154,28 @@ def test_moving_average() -> None:
 @pytest.mark.parametrize("mu", [1.0, 1 / 3, 1.1, SQRT_HALF, 3.1622776601683795])
 def test_a_ratio_that_equals_the_scale_factor_leaves_it_exactly(mu: float, decay: float) -> None:
     assert moving_average(mu, mu, decay) == mu
+
+
+@pytest.mark.parametrize(
+    ("ab", "aa", "bb", "phi"),
+    [
+        (1.0, 1.0, 1.0, 0.0),
+        (0.0, 1.0, 4.0, 1.0),
+        (-2.0, 1.0, 4.0, 2.0),
+        (1.0, 1.0, 4.0, 0.5),
+        (1 + 1e-12, 1.0, 1.0, 0.0),
+    ],
+)
+def test_split_variance_is_one_minus_the_cosine(ab: float, aa: float, bb: float, phi: float) -> None:
+    assert split_variance(ab, aa, bb) == pytest.approx(phi, abs=1e-12)
+    assert split_variance(ab * 1e300, aa * 1e300, bb * 1e300) == pytest.approx(phi, abs=1e-12), "a common factor"
+
+
+@pytest.mark.parametrize(("aa", "bb"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_split_variance_of_a_half_without_gradient_is_undefined(aa: float, bb: float) -> None:
+    assert math.isnan(split_variance(0.0, aa, bb))
+
+
+def test_pairwise_variance_without_micro_gradients_is_undefined_whatever_the_average_says() -> None:
+    """Under ZeRO-3 the averaged gradient of a module that has none now may be an earlier update's."""
+    assert math.isnan(pairwise_variance(0.0, 3.0, 4))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from agvm_ds.shards import Shards
+from agvm_ds.shards import OwnerReduction, Piece, Shards
 
 
 @dataclass(frozen=True)
@@ -25,26 +24,94 @@ class Estimate:
 class Estimator(ABC):
     """Accumulates what it needs of each local micro-gradient, then turns the ranks' sums into one Estimate a module.
 
-    One measured update: ``start``, ``observe`` for every parameter and micro-batch, ``local_sums``, an all-reduce of
-    those by the caller, ``estimates``. An update that is not measured calls none of them.
+    One measured update: ``start``; for each micro-batch ``observe`` of every parameter that has a gradient, then
+    ``end_micro_batch``; ``local_sums``, an all-reduce of those by the caller, ``estimates``. An update that is not
+    measured calls none of them. The micro-gradients appear divided by the accumulation steps.
     """
 
-    def __init__(self, modules: Sequence[str], device: torch.device | str) -> None:
-        self.modules = list(modules)
-        self.device = device
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self.modules = shards.optimizer.modules
+        self._index = {name: i for i, name in enumerate(self.modules)}
+        self._module = [self._index[owned.module] for owned in shards.optimizer.owned]
+
+    @property
+    def n(self) -> int:
+        """Micro-batches in an update."""
+        return self.shards.ranks * self.shards.accumulation
+
+    def zeros(self) -> torch.Tensor:
+        """A float64 zero for each module, on the engine's device."""
+        return torch.zeros(len(self.modules), dtype=torch.float64, device=self.shards.engine.device)
 
     @abstractmethod
     def start(self) -> None:
         """Forget what an earlier update, or an interrupted one, has left."""
 
     @abstractmethod
-    def observe(self, module: int, gradient: torch.Tensor) -> None:
-        """Take in one parameter's gradient of one micro-batch, as the backward produces it (index of its module)."""
+    def observe(self, index: int, gradient: torch.Tensor) -> None:
+        """Take in a parameter's gradient of one micro-batch, as the backward produces it (index in ``optimizer.owned``)."""
+
+    def end_micro_batch(self, step: int) -> None:  # noqa: B027 - most have nothing to do
+        """The backward of accumulation step ``step`` is over; every rank calls this at the same point."""
 
     @abstractmethod
-    def local_sums(self, shards: Shards) -> torch.Tensor:
+    def local_sums(self) -> torch.Tensor:
         """This rank's float64 numbers, to be added up over the ranks; called once the gradients are averaged."""
 
     @abstractmethod
-    def estimates(self, sums: torch.Tensor, *, ranks: int, accumulation: int, images: int) -> list[Estimate]:
-        """One Estimate a module from the added-up numbers; ``images`` is the size of a micro-batch."""
+    def estimates(self, sums: torch.Tensor) -> list[Estimate]:
+        """One Estimate a module from the added-up numbers."""
+
+
+class ElementwiseEstimator(Estimator):
+    """An estimator that also needs one elementwise quantity, added up at the owners of the elements.
+
+    It counts the local gradients of each module too: where no rank had any, what DeepSpeed shows as the averaged gradient
+    may be an earlier update's, and the variance is undefined.
+    """
+
+    rows: int
+    """Sums a module."""
+
+    def __init__(self, shards: Shards, bucket_size: int) -> None:
+        super().__init__(shards)
+        self.reduction = OwnerReduction(shards, bucket_size)
+        self._seen = [0] * len(self.modules)
+
+    def start(self) -> None:
+        self.reduction.start()
+        self._seen = [0] * len(self.modules)
+
+    def observe(self, index: int, gradient: torch.Tensor) -> None:
+        self.contribute(self.reduction.slot(index), gradient.detach().reshape(-1).float())
+        self._seen[self._module[index]] += 1
+        self.reduction.arrived(index)
+
+    def end_micro_batch(self, step: int) -> None:
+        self.reduction.end_micro_batch(last=step == self.shards.accumulation - 1)
+
+    def local_sums(self) -> torch.Tensor:
+        """Shape (1 + rows, modules): how often a gradient was seen, then the sums over the local shard."""
+        table = torch.stack([self.zeros() for _ in range(1 + self.rows)])
+        table[0] = torch.tensor(self._seen)
+        for piece in self.shards.pieces():
+            for chunk in piece.chunks():
+                table[1:, self._index[piece.module]] += self.sums_of(chunk).to(table.device)
+        self.reduction.stop()
+        return table
+
+    def estimates(self, sums: torch.Tensor) -> list[Estimate]:
+        return [self.estimate(*rest) if seen else Estimate(math.nan) for seen, *rest in sums.T.tolist()]
+
+    @abstractmethod
+    def contribute(self, slot: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add to the slot what a parameter's local micro-gradient has to give; both fp32, shape (elements,)."""
+
+    @abstractmethod
+    def sums_of(self, piece: Piece) -> torch.Tensor:
+        """Shape (rows,), float64: a piece's part in its module's sums."""
+
+    @abstractmethod
+    def estimate(self, *sums: float) -> Estimate:
+        """The statistics of a module from its ``rows`` sums over all ranks."""

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from agvm_ds.estimators.base import Estimate, Estimator
-from agvm_ds.shards import Shards, square_norm
+from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator
+from agvm_ds.estimators.preconditioning import inverse_denominator
+from agvm_ds.shards import Piece, Shards
 from agvm_ds.variance import noise_scale, pairwise_variance
+
+
+def square_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """|tensor|^2 as a float64 scalar on the tensor's device, without a float64 copy of the tensor."""
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square()
+
+
+def _estimate(s2: float, g2: float, n: int, shards: Shards) -> Estimate:
+    images = int(shards.engine.train_micro_batch_size_per_gpu())
+    return Estimate(pairwise_variance(s2, g2, n), noise_scale(s2, g2, n, images))
 
 
 class Pairwise(Estimator):
     """Phi from S2 = sum_k |g_k|^2 and G2 = |G|^2 of each module: no gradient-sized communication.
 
-    The micro-gradients appear divided by the number of accumulation steps, which is put back here. A loss scale is a
-    common factor of S2 and G2, and of no effect on their ratios.
+    A loss scale is a common factor of S2 and G2, and of no effect on their ratios.
     """
 
-    def __init__(self, modules: Sequence[str], device: torch.device | str) -> None:
-        super().__init__(modules, device)
-        self._s2 = self._zeros()
-
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(len(self.modules), dtype=torch.float64, device=self.device)
+    def __init__(self, shards: Shards) -> None:
+        super().__init__(shards)
+        self._s2 = self.zeros()
 
     def start(self) -> None:
-        self._s2 = self._zeros()
+        self._s2 = self.zeros()
 
-    def observe(self, module: int, gradient: torch.Tensor) -> None:
-        self._s2[module] += square_norm(gradient)
+    def observe(self, index: int, gradient: torch.Tensor) -> None:
+        self._s2[self._module[index]] += square_norm(gradient)
 
-    def local_sums(self, shards: Shards) -> torch.Tensor:
+    def local_sums(self) -> torch.Tensor:
         """Shape (2, modules): S2 / accumulation^2 of the local micro-batches, and G2 of the local shards."""
-        g2 = self._zeros()
-        index = {name: i for i, name in enumerate(self.modules)}
-        for module, gradient in shards.gradients():
-            g2[index[module]] += square_norm(gradient)
+        g2 = self.zeros()
+        for piece in self.shards.pieces():
+            g2[self._index[piece.module]] += square_norm(piece.gradient).to(g2.device)
         return torch.stack([self._s2, g2])
 
-    def estimates(self, sums: torch.Tensor, *, ranks: int, accumulation: int, images: int) -> list[Estimate]:
-        n = ranks * accumulation
-        pairs = [(s2 * accumulation**2, g2) for s2, g2 in zip(*sums.tolist(), strict=True)]
-        return [Estimate(pairwise_variance(s2, g2, n), noise_scale(s2, g2, n, images)) for s2, g2 in pairs]
+    def estimates(self, sums: torch.Tensor) -> list[Estimate]:
+        pairs = zip(*sums.tolist(), strict=True)
+        return [_estimate(s2 * self.shards.accumulation**2, g2, self.n, self.shards) for s2, g2 in pairs]
+
+
+class PreconditionedPairwise(ElementwiseEstimator):
+    """The same of P g_k and P G, with P = 1 / (sqrt(v) + eps): needs Q = sum_k g_k^2, elementwise, at the owners of v."""
+
+    rows = 2
+
+    def contribute(self, slot: torch.Tensor, gradient: torch.Tensor) -> None:
+        slot.addcmul_(gradient, gradient, value=self.shards.accumulation**2)
+
+    def sums_of(self, piece: Piece) -> torch.Tensor:
+        group = self.shards.optimizer.param_groups[piece.group]
+        weight = inverse_denominator(self.shards.second_moment(piece).double(), group["eps"]).square()
+        return torch.stack([weight @ self.reduction.of(piece).double(), weight @ piece.gradient.double().square()])
+
+    def estimate(self, *sums: float) -> Estimate:
+        s2, g2 = sums
+        return _estimate(s2, g2, self.n, self.shards)

@@ -11,12 +11,12 @@ from mmcv import Config
 from mmcv.runner import OPTIMIZERS, build_optimizer_constructor
 from torch import nn
 
+from agvm_ds.bases import base_from_json
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import make_optimizer
 from agvm_ds.groups import PARAMS, Group, cut_groups
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.plan import Plan
-from agvm_ds.optimizer import base_from_json
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def build(detector: nn.Module, cfg: Config, plan: Plan) -> OptimizerSetup:
     groups = cut_groups(paramwise_groups(detector, cfg.optimizer, settings), detector, chosen or modules_of(detector))
     if block and plan.agvm is None:
         return OptimizerSetup(None, groups)
-    base, options = base_from_json(block) if block else base_from_config(cfg.optimizer)
+    base, options = base_from_json(plan.deepspeed) if block else base_from_config(cfg.optimizer)
     if plan.agvm is not None:
         return OptimizerSetup(make_optimizer(groups, base, options), groups)
     return OptimizerSetup(base(groups, **options), groups)

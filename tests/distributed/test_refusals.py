@@ -22,12 +22,7 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "bakbone"}), "no module of that name"),
     "frozen anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "frozen"}), "all its parameters are frozen"),
     "unknown module": (ds_config(2, 2, agvm=AGVM_BLOCK | {"modules": ["nek"]}), "did you mean neck"),
-    "preconditioned": (ds_config(2, 2, "AdamW", AGVM_BLOCK | {"precondition": "auto"}), "agvm.precondition"),
     "unmanaged": (ds_config(2, 2, managed_gradient_accumulation=False), "managed_gradient_accumulation"),
-    "bf16 stage 1": (
-        ds_config(1, 2, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
-        "fp32 gradient accumulation",
-    ),
 }
 
 

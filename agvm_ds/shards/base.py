@@ -1,0 +1,192 @@
+"""What every way of keeping gradients offers: this rank's shard of the averaged gradient, and who owns which element.
+
+At an accumulation boundary, before the step, a rank's shard holds gradients that are averaged over ranks and
+accumulation steps, not yet clipped, and still multiplied by the loss scale. Every element of the global gradient is in
+exactly one rank's shard; the optimizer's state for it is with the same rank. A shard that is expected and not found is
+an error, never a zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm
+
+from agvm_ds.groups import MODULE
+from agvm_ds.optimizer import AGVM
+
+SECOND_MOMENT = "exp_avg_sq"
+"""Key of the Adams' second moment in an optimizer's state."""
+
+CHUNK = 2**22
+"""Elements of a shard that are worked on at once: what is computed of a shard needs no copy of it."""
+
+
+class ShardError(RuntimeError):
+    """A gradient shard is not where this ZeRO stage keeps it."""
+
+
+def numel_of(parameter: torch.Tensor) -> int:
+    """Elements of a whole parameter, which stage 3 may have cut."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The run of one parameter's elements that this rank owns; there is never more than one."""
+
+    buffer: int
+    """Index of the flat buffer."""
+    start: int
+    """Where the run begins in this rank's part of the buffer."""
+    first: int
+    """Where it begins in the flattened parameter."""
+    numel: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of this rank's shard of the averaged gradient, all of one parameter group."""
+
+    group: int
+    """Index of the parameter group."""
+    module: str
+    buffer: int
+    start: int
+    """Where the run begins in this rank's part of the buffer."""
+    gradient: torch.Tensor
+    """Shape (elements,)."""
+
+    def chunks(self) -> Iterator[Piece]:
+        """The same in runs of at most CHUNK elements."""
+        for index, gradient in enumerate(self.gradient.split(CHUNK)):
+            yield Piece(self.group, self.module, self.buffer, self.start + index * CHUNK, gradient)
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This piece's run of a tensor that is laid out as this rank's part of the buffer."""
+        return flat.view(-1)[self.start : self.start + self.gradient.numel()]
+
+
+class Shards(ABC):
+    """This rank's part of the averaged gradients and second moments, by AGVM module."""
+
+    def __init__(self, engine: Any, optimizer: AGVM) -> None:
+        self.engine = engine
+        self.optimizer = optimizer
+
+    @property
+    def group(self) -> Any:
+        """The process group over which gradients are averaged."""
+        return self.engine.data_parallel_group
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel ranks."""
+        return int(comm.get_world_size(group=self.group))
+
+    @property
+    def rank(self) -> int:
+        """This process's place among the data-parallel ranks."""
+        return int(comm.get_rank(group=self.group))
+
+    @property
+    def accumulation(self) -> int:
+        """Accumulation steps of an update."""
+        return int(self.engine.gradient_accumulation_steps())
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss, and so every gradient here, is multiplied by."""
+        scalers = [self.engine.torch_autocast_z0_gradscaler, getattr(self.engine.optimizer, _GRAD_SCALER, None)]
+        for scaler in scalers:
+            if scaler is not None:
+                return float(scaler.get_scale())
+        return float(getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
+
+    def add_up(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, in place."""
+        comm.all_reduce(sums, group=self.group)
+        return sums
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's shard of the averaged gradient. Raises ShardError when a part is missing."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment | None]:
+        """For each parameter of ``optimizer.owned``, what this rank has of it."""
+
+    @abstractmethod
+    def zeros(self) -> list[torch.Tensor]:
+        """For each buffer, fp32 zeros of the size of this rank's part of it, where its gradient is."""
+
+    @abstractmethod
+    def state_key(self, piece: Piece) -> torch.Tensor:
+        """The tensor by which the optimizer knows the part of the buffer that the piece is of."""
+
+    def second_moment(self, piece: Piece) -> torch.Tensor:
+        """v of the Adams for the piece's elements, as it stands before the update; zeros before the first one."""
+        moment = self.optimizer.state.get(self.state_key(piece), {}).get(SECOND_MOMENT)
+        return torch.zeros_like(piece.gradient, dtype=torch.float32) if moment is None else piece.of(moment)
+
+    def set_clipping(self, max_norm: float) -> None:
+        """Let the coming step clip the global gradient to this norm; 0: not at all."""
+        self.engine.optimizer.clip_grad = max_norm
+
+
+class FlatShards(Shards):
+    """ZeRO: a rank's part of each flat buffer is one fp32 partition, with the optimizer's state of the same layout."""
+
+    def pieces(self) -> Iterator[Piece]:
+        for buffer, (group, partition) in enumerate(zip(self.group_indices(), self.partitions(), strict=True)):
+            module, start = self.optimizer.param_groups[group][MODULE], 0
+            for gradient in self._checked(module, buffer, partition):
+                yield Piece(group, module, buffer, start, gradient.view(-1))
+                start += gradient.numel()
+
+    def _checked(self, module: str, buffer: int, partition: torch.Tensor) -> list[torch.Tensor]:
+        where = f"module {module}: {self.place} of buffer {buffer}, ZeRO stage {self.engine.zero_optimization_stage()}"
+        gradients = self.gradients(buffer)
+        if gradients is None or any(gradient is None for gradient in gradients):
+            raise ShardError(f"{where} is missing at an accumulation boundary")
+        found = sum(gradient.numel() for gradient in gradients)
+        if found != partition.numel():
+            raise ShardError(f"{where} has {found} elements, expected {partition.numel()}")
+        return list(gradients)
+
+    def zeros(self) -> list[torch.Tensor]:
+        return [torch.zeros(p.numel(), dtype=torch.float32, device=p.device) for p in self.partitions()]
+
+    def state_key(self, piece: Piece) -> torch.Tensor:
+        return self.partitions()[piece.buffer]
+
+    @property
+    def place(self) -> str:
+        """What DeepSpeed calls the place where the gradients are."""
+        return "gradient of the offloaded partition" if self.offloaded else "averaged_gradients"
+
+    def gradients(self, buffer: int) -> Any:
+        """This rank's part of a buffer's gradient as a list of tensors, None where there is none."""
+        if self.offloaded:
+            return [self.partitions()[buffer].grad]
+        return self.engine.optimizer.averaged_gradients.get(buffer)
+
+    @property
+    @abstractmethod
+    def offloaded(self) -> bool:
+        """Whether ZeRO-Offload keeps the optimizer's state, and so the gradient, in the host's memory."""
+
+    @abstractmethod
+    def group_indices(self) -> list[int]:
+        """For each flat buffer, the index of its parameter group."""
+
+    @abstractmethod
+    def partitions(self) -> list[torch.Tensor]:
+        """For each flat buffer, this rank's fp32 partition of it."""
+
+
+_GRAD_SCALER = "torch_autocast_gradscaler"
