@@ -6,8 +6,7 @@ its worst differences (``pytest -rP`` shows them).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupLR
 
+from tests.comparison import FIGURE, FIGURE_BF16, Expected, Worst, compare, expected_of
 from tests.engines import OPTIONS, ROWS, Record, ds_config, identical, started, train
 from tests.launch import run_ranks
 from tests.reference import Reference
@@ -141,16 +141,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return lambda case: of(case.ranks)[case]
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the reference has after one update."""
-
-    scale_factors: dict[str, float]
-    variances: dict[str, float]
-    noise_scales: dict[str, float]
-    parameters: dict[str, torch.Tensor]
-
-
 @cache
 def expected(case: Case) -> list[Expected]:
     """The reference's run of a case, with n micro-batches an update."""
@@ -170,13 +160,7 @@ def expected(case: Case) -> list[Expected]:
     )
     if case.bf16:
         rounded(reference.model)
-    result = []
-    for t in range(UPDATES):
-        reference.options["lr"] = warmup_rates()[t] if case.warmup else reference.options["lr"]
-        reference.update(t)
-        values = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
-        result.append(Expected(dict(reference.mu), dict(reference.phi), dict(reference.noise), values))
-    return result
+    return expected_of(reference, UPDATES, warmup_rates() if case.warmup else ())
 
 
 @cache
@@ -190,66 +174,10 @@ def warmup_rates() -> list[float]:
     return rates
 
 
-@dataclass
-class Worst:
-    """The largest differences of a run from its reference: absolute; of noise scales, see ``noise_gap``."""
-
-    scale_factors: float = 0.0
-    variances: float = 0.0
-    noise_scales: float = 0.0
-    parameters: float = 0.0
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.1e}" for name, value in vars(self).items())
-
-
-def worst(case: Case, records: list[Record]) -> Worst:
-    """Compare all updates, and print the result."""
-    found = Worst()
-    for seen, right in zip(records, expected(case), strict=True):
-        found.scale_factors = max(found.scale_factors, farthest(seen.scale_factors, right.scale_factors, gap))
-        found.variances = max(found.variances, farthest(seen.variances, right.variances, gap))
-        found.noise_scales = max(found.noise_scales, farthest(seen.noise_scales, right.noise_scales, noise_gap))
-        moved = [(seen.parameters[name] - value).abs().max().item() for name, value in right.parameters.items()]
-        found.parameters = max(found.parameters, *moved)
-    print(f"{case}: {found}")
-    return found
-
-
-Gap = Callable[[float, float], float]
-
-
-def farthest(seen: Mapping[str, float], right: Mapping[str, float], gap: Gap) -> float:
-    """The largest difference by module; the modules must be the same."""
-    assert seen.keys() == right.keys()
-    return max(gap(seen[name], right[name]) for name in right)
-
-
-def gap(seen: float, right: float) -> float:
-    """Absolute difference; infinite when one is undefined and the other is not."""
-    if math.isnan(seen) or math.isnan(right):
-        return 0.0 if math.isnan(seen) and math.isnan(right) else math.inf
-    return abs(seen - right)
-
-
-def noise_gap(seen: float, right: float) -> float:
-    """Difference of b / (b + B) = c / m, the share in which micro-gradients agree: that is what rounding perturbs.
-
-    B = b (m - c) / c itself has m / c times fewer digits: where the micro-gradients hardly agree c is near 0, and B
-    thousands of images or, when c <= 0, infinite.
-    """
-    return gap(ROWS / (ROWS + seen), ROWS / (ROWS + right))
-
-
 def check(case: Case, records: list[Record], allowed: Worst) -> None:
-    found = worst(case, records)
-    for name, limit in vars(allowed).items():
-        value = vars(found)[name]
-        assert value <= limit, f"{case}: {found}"
-
-
-FIGURE = Worst(1e-5, 1e-5, 1e-5, 1e-5)
-"""fp32 against float64 over 8 updates: some 100 roundings of fp32."""
+    found = compare(records, expected(case))
+    print(f"{case}: {found}")
+    assert found.within(allowed), f"{case}: {found}"
 
 
 @pytest.mark.parametrize("case", [*FP32, *SPLIT], ids=str)
@@ -282,21 +210,9 @@ def test_a_scheduler_of_the_json_acts_as_without_agvm(case: Case, runs: Runs) ->
         assert set(seen.rates.values()) == {rate}, "a modulated rate is shown"
 
 
-U = 2.0**-8
-"""Relative rounding error of bf16, which keeps 8 bits of a number."""
-
-
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_agrees_as_far_as_bf16_goes(case: Case, runs: Runs) -> None:
-    """Against the float64 reference, from the same (rounded) weights; U = 2^-8.
-
-    A gradient passes four layers, the accumulation and the reduction, each rounding to bf16: relative errors of up to
-    4 U, say. That is the bound of 1 - cos, and of the micro-gradients' share of agreement (measured: 2.5 U). A ratio is
-    off by half the sum of its variances' relative errors, 12 U with variances of at least 0.2, and enters the scale
-    factor with weight 0.1 in each of three measures: 2 U is asked (measured: 0.7 U). Parameters travel 0.16 at most:
-    4 U of that is asked (measured: 1.6 U). A wrong formula moves a variance by 0.1 and more.
-
-    No weight decay: DeepSpeed's stage 0 bf16 optimizer decays the weights once when it creates its state, with AGVM or
-    without.
+    """Without weight decay: DeepSpeed's stage 0 bf16 optimizer decays the weights once when it creates its state, with AGVM
+    or without.
     """
-    check(case, runs(case), Worst(2 * U, 4 * U, 4 * U, 0.16 * 4 * U))
+    check(case, runs(case), FIGURE_BF16)
