@@ -27,6 +27,9 @@ from agvm_ds.support import refuse_configuration, refuse_unsupported
 
 logger = logging.getLogger("agvm_ds")
 
+PARTITIONED_WEIGHTS = 3
+"""The ZeRO stage that partitions the weights too."""
+
 STATE_KEY = "agvm"
 """Where AGVM's state is in a DeepSpeed checkpoint's client_state."""
 
@@ -61,6 +64,7 @@ def initialize(
     config.setdefault("zero_allow_untested_optimizer", True)
     if block is not None:
         refuse_configuration(config)
+        _refuse_layout(model)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
         model_parameters = None
     result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
@@ -115,6 +119,16 @@ def _agvm_optimizer(
     return make_optimizer(cut_groups(groups, model, block.modules), base, options)
 
 
+def _refuse_layout(model: nn.Module) -> None:
+    """DeepSpeed 0.19 sends rank 0's parameters as bytes, which stops in the middle of a start for any other layout."""
+    named = [name for name, p in model.named_parameters() if not p.is_contiguous()]
+    if named:
+        raise ConfigError(
+            f"AGVM cannot start: parameter {named[0]} ({len(named)} in all) is not contiguous, and DeepSpeed cannot "
+            "broadcast it: set parameter.data = parameter.data.contiguous() before"
+        )
+
+
 def make_optimizer(groups: list[dict[str, Any]], base: type[Optimizer], options: Mapping[str, Any]) -> AGVM:
     """AGVM over ``base``; an argument that the base does not take is a ConfigError."""
     try:
@@ -159,8 +173,15 @@ def _controller(engine: Any, optimizer: AGVM, block: AGVMConfig) -> Controller:
 
 def _restore_optimizer(engine: Any, optimizer: AGVM) -> None:
     """ZeRO puts an Adagrad of its own, with one group, in the place of any Adagrad: put AGVM back."""
-    if engine.optimizer is not optimizer and engine.optimizer.optimizer is not optimizer:
-        engine.optimizer.optimizer = optimizer
+    zero = engine.optimizer
+    if zero is optimizer or zero.optimizer is optimizer:
+        return
+    zero.optimizer = optimizer
+    if engine.zero_optimization_stage() < PARTITIONED_WEIGHTS:  # these were made of the one group
+        zero._link_all_hp_params()
+        zero._param_slice_mappings = zero._create_param_mapping()
+        if zero.cpu_offload:
+            zero._create_optimizer_mapping()
 
 
 def _join_backward(engine: Any, controller: Controller) -> None:

@@ -55,20 +55,23 @@ def started(config: Mapping[str, Any], model: nn.Module | None = None, **options
         engine.destroy()
 
 
-def backward(engine: Any, t: int, k: int, scale: float = 1.0) -> float:
-    """Forward and backward of this rank's k-th micro-batch of update t; its loss."""
+def backward(engine: Any, t: int, k: int, scale: float = 1.0, torch_backward: bool = False) -> float:
+    """Forward and backward of this rank's k-th micro-batch of update t, by the engine or in torch's way; its loss."""
     accumulation = engine.gradient_accumulation_steps()
     x, y = micro_batch(t, engine.global_rank * accumulation + k, ROWS)
     loss = engine(x, y) * scale
-    engine.backward(loss)
+    if torch_backward:
+        engine.scale(loss).backward()
+    else:
+        engine.backward(loss)
     return loss.item()
 
 
-def update(engine: Any, t: int) -> list[float]:
+def update(engine: Any, t: int, torch_backward: bool = False) -> list[float]:
     """One update of the global batch; this rank's losses."""
     losses = []
     for k in range(engine.gradient_accumulation_steps()):
-        losses.append(backward(engine, t, k))
+        losses.append(backward(engine, t, k, torch_backward=torch_backward))
         engine.step()
     return losses
 
@@ -82,13 +85,18 @@ def parameters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def masters(engine: Any) -> dict[str, torch.Tensor]:
-    """name -> the fp32 values that the optimizer steps; frozen parameters as they are."""
+    """name -> the fp32 values that the optimizer steps; frozen parameters as they are.
+
+    In fp32 the model's own are the same, and right with ``round_robin_gradients``, where DeepSpeed's look-up is not.
+    """
     found = parameters(engine)
+    if not engine.bfloat16_enabled():
+        return found
     if engine.zero_optimization_stage():
         for name, p in engine.module.named_parameters():
             if p.requires_grad:
                 found[name] = deepspeed.utils.safe_get_full_fp32_param(p).clone()
-    elif engine.bfloat16_enabled():
+    else:
         names = {id(p): name for name, p in engine.module.named_parameters()}
         for halves, fulls in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             found |= {names[id(p)]: full.detach().clone() for p, full in zip(halves, fulls, strict=True)}

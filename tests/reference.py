@@ -135,6 +135,37 @@ class Reference:
         return {name: p.detach().flatten().tolist() for name, p in self.model.named_parameters()}
 
 
+class Lion(torch.optim.Optimizer):
+    """p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g.  DeepSpeed's kernel takes sign(0) = 1."""
+
+    def __init__(self, params: object, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.mul_(1 - lr * group["weight_decay"]).sub_(torch.copysign(lr * torch.ones_like(p), beta1 * m + (1 - beta1) * p.grad))
+                m.mul_(beta2).add_((1 - beta2) * p.grad)
+
+
+class AdamWithoutBiasCorrection(torch.optim.Adam):
+    """DeepSpeed's ``bias_correction: false``, with decoupled weight decay."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                v = self.state[p].setdefault("exp_avg_sq", torch.zeros_like(p))
+                m.mul_(beta1).add_((1 - beta1) * p.grad)
+                v.mul_(beta2).add_((1 - beta2) * p.grad**2)
+                p.sub_(lr * (m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p))
+
+
 def official(half: torch.Tensor, v: torch.Tensor, n: int, beta2: float, eps: float) -> torch.Tensor:
     """The official implementation's preconditioned gradient of a half, which it takes before rescaling by n."""
     raw = half / n

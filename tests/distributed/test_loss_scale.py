@@ -1,0 +1,112 @@
+"""Loss scaling, as far as it goes without a GPU: DeepSpeed's own scalers on fp32 gradients, in ZeRO stages 1 to 3.
+
+A scale that is a power of two changes no bit of a gradient but its exponent, so that a scaled run must be the unscaled run
+bit for bit; with fp16 weights the same code paths are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+from tests.engines import AGVM_BLOCK, Record, backward, ds_config, identical, record, started, train, update
+from tests.launch import run_ranks
+
+STAGES = (1, 2, 3)
+RANKS, ACCUMULATION, UPDATES, SCALE = 2, 2, 5, 2.0**12
+WAYS = [("SGD", "pairwise"), ("SGD", "split"), ("AdamW", "pairwise"), ("AdamW", "split")]
+Run = tuple[int, str, str]
+RUNS: list[Run] = [(stage, *way) for stage in STAGES for way in WAYS]
+
+
+def scaled(engine: Any, scaler: Any) -> Any:
+    """The engine with a loss scaler of fp16 training."""
+    engine.optimizer.loss_scaler = scaler
+    engine.optimizer.check_grad_overflow = True
+    engine.optimizer.dynamic_loss_scale = scaler.dynamic
+    return engine
+
+
+def config(run: Run) -> dict[str, Any]:
+    stage, base, estimator = run
+    block = AGVM_BLOCK | {"precondition": "auto", "estimator": estimator}
+    return ds_config(stage, ACCUMULATION, base, block)
+
+
+def dynamic() -> DynamicLossScaler:
+    """Halves after a bad update. It is not let grow: DeepSpeed unscales the update in which it does by the new scale."""
+    return DynamicLossScaler(SCALE, scale_window=1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+
+
+SCALERS: dict[str, Callable[[], Any]] = {"static": lambda: LossScaler(SCALE), "dynamic": dynamic}
+
+
+@dataclass
+class Overflow:
+    """What is seen around an update whose gradients overflow on one rank."""
+
+    before: Record
+    after: Record
+    scales: tuple[float, float]
+    applied: bool
+    next: Record
+
+
+def overflow(run: Run) -> Overflow:
+    """In a rank: update 2 is measured and good, update 4 measured and bad, update 6 measured and good."""
+    with started(config(run)) as engine:
+        scaled(engine, dynamic())
+        before = train(engine, range(4))[-1]
+        scale = engine.optimizer.loss_scale
+        for k in range(ACCUMULATION):
+            backward(engine, 4, k, scale=math.inf if (engine.global_rank, k) == (1, 0) else 1.0)
+            engine.step()
+        after, applied = record(engine), engine.was_step_applied()
+        scales = scale, engine.optimizer.loss_scale
+        return Overflow(before, after, scales, applied, train(engine, range(5, 7))[-1])
+
+
+def everything() -> dict[str, Any]:
+    """In a rank: all runs."""
+    found: dict[str, Any] = {"plain": {}, "static": {}, "dynamic": {}, "overflow": {}}
+    for run in RUNS:
+        with started(config(run)) as engine:
+            found["plain"][run] = train(engine, range(UPDATES))
+        for kind, scaler in SCALERS.items():
+            with started(config(run)) as engine:
+                found[kind][run] = train(scaled(engine, scaler()), range(UPDATES))
+        found["overflow"][run] = overflow(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = run_ranks(everything, RANKS, tmp_path_factory.mktemp("loss_scale"))[0]
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("kind", SCALERS)
+def test_a_scaled_run_is_the_unscaled_run(kind: str, run: Run, runs: dict[str, Any]) -> None:
+    for seen, right in zip(runs[kind][run], runs["plain"][run], strict=True):
+        assert identical(seen, right)
+    assert runs["plain"][run][-1].measured == 2
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_an_update_skipped_for_overflow_changes_nothing_but_the_counter(run: Run, runs: dict[str, Any]) -> None:
+    seen: Overflow = runs["overflow"][run]
+    assert not seen.applied
+    assert seen.scales[1] == seen.scales[0] / 2, "DeepSpeed has noticed"
+    for name in ("scale_factors", "variances", "noise_scales", "parameters", "measured"):
+        assert identical(getattr(seen.after, name), getattr(seen.before, name)), name
+    assert seen.after.steps == 5, "a skipped update counts"
+    assert (seen.next.steps, seen.next.measured) == (7, seen.before.measured + 1)
+    assert not identical(seen.next.scale_factors, seen.after.scale_factors), "the next measure is folded in"
+    assert torch.isfinite(torch.tensor([v for n, v in seen.next.variances.items() if n != "aux_head"])).all()

@@ -1,0 +1,56 @@
+"""Every row of the option table (tests/options.py): identical statistics and training, or a refusal with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests import options
+from tests.comparison import Worst
+from tests.options import Key, Option, Way, judge, key_of, runs_of
+
+GROUPS: dict[str, Sequence[Option]] = {
+    "configurations": [*options.CONFIGURATIONS, *options.PRECISIONS, *options.MODELS],
+    "bases": options.TORCH_BASES,
+    "compiled bases": options.COMPILED_BASES,
+    "refusals": options.refusals(),
+}
+"""Ranks are started once a group."""
+
+Judged = Callable[[str], dict[Key, Worst | str]]
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """group -> what its runs came to."""
+
+    @cache
+    def of(group: str) -> dict[Key, Worst | str]:
+        return judge(runs_of(GROUPS[group]), Path(tmp_path_factory.mktemp("options")))
+
+    return of
+
+
+def cases(group: str) -> list:
+    return [pytest.param(group, *run, id="-".join(map(str, key_of(*run)))) for run in runs_of(GROUPS[group])]
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "stage", "way"), [*cases("configurations"), *cases("bases"), *cases("compiled bases")]
+)
+@pytest.mark.timeout(900)  # the compiled bases' first build
+def test_it_agrees_with_the_reference(group: str, option: Option, stage: int, way: Way, judged: Judged) -> None:
+    found = judged(group)[key_of(option, stage, way)]
+    assert isinstance(found, Worst), found
+    print(f"{option.name}, stage {stage}, {way}: {found}")
+    assert found.within(option.allowed(way)), found
+
+
+@pytest.mark.parametrize(("group", "option", "stage", "way"), cases("refusals"))
+def test_it_is_refused_with_the_reason(group: str, option: Option, stage: int, way: Way, judged: Judged) -> None:
+    found = judged(group)[key_of(option, stage, way)]
+    assert isinstance(found, str), "it was not refused"
+    assert option.refused in found

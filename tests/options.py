@@ -1,0 +1,354 @@
+"""What a DeepSpeed user may switch on, option by option, each against the dense reference in every stage it has.
+
+``python -m benchmarks.exactness`` prints the table; tests/distributed/test_options.py asserts it.
+Two ranks, two accumulation steps. A row either agrees with the reference or is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.lr_schedules import WarmupLR
+from torch.optim.lr_scheduler import OneCycleLR
+
+from agvm_ds.bases import REFUSED
+from agvm_ds.config import ConfigError
+from tests import models
+from tests.comparison import FIGURE_BF16, FIGURE_BF16_ADAM, Expected, Worst, compare, expected_of
+from tests.engines import OPTIONS, ROWS, Record, ds_config, identical, record, started, update
+from tests.launch import run_ranks
+from tests.reference import AdamWithoutBiasCorrection, Lion, Reference
+from tests.toy import Toy
+
+RANKS, ACCUMULATION, UPDATES = 2, 2, 6
+ANY, ZERO, FLAT = (0, 1, 2, 3), (1, 2, 3), (1, 2)
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is measured, with which base."""
+
+    base: str
+    estimator: str
+    bucket: int = 500_000_000
+
+    def __str__(self) -> str:
+        return f"{self.base} {self.estimator}{f' bucket {self.bucket}' if self.bucket < 10**6 else ''}"
+
+
+WAYS = (Way("SGD", "split"), Way("AdamW", "pairwise"))
+"""AdamW: of the preconditioned gradient. Between them all that reads a shard or reduces to one."""
+ALL_WAYS = tuple(
+    Way(base, estimator, bucket)
+    for base in ("SGD", "AdamW")
+    for estimator in ("pairwise", "split")
+    for bucket in (500_000_000, 100)
+    if (base, estimator) != ("SGD", "pairwise") or bucket > 100
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """An optimizer: how the JSON names it, its arguments, and the one of torch that it must agree with."""
+
+    type: str
+    params: Mapping[str, Any]
+    json_only: Mapping[str, Any] = field(default_factory=dict)
+    torch: type[torch.optim.Optimizer] | None = None
+
+    @property
+    def reference(self) -> type[torch.optim.Optimizer]:
+        """Of the same name unless another is given."""
+        return self.torch or getattr(torch.optim, self.type)
+
+
+ADAM = {"lr": 0.003, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}
+TORCH_ADAM = {"torch_adam": True}
+BASES = {
+    "SGD": Base("SGD", OPTIONS["SGD"]),
+    "AdamW": Base("AdamW", ADAM, TORCH_ADAM),
+    "Adam": Base("Adam", ADAM, TORCH_ADAM | {"adam_w_mode": False}),
+    "Adagrad": Base("Adagrad", {"lr": 0.01, "initial_accumulator_value": 0.1}),
+    "Adadelta": Base("Adadelta", {"lr": 0.5}),
+    "Adamax": Base("Adamax", {"lr": 0.003}),
+    "ASGD": Base("ASGD", {"lr": 0.01}),
+    "NAdam": Base("NAdam", {"lr": 0.003}),
+    "RAdam": Base("RAdam", {"lr": 0.003}),
+    "RMSprop": Base("RMSprop", {"lr": 0.003, "momentum": 0.5, "centered": True}),
+    "FusedAdam": Base("Adam", ADAM | {"bias_correction": False}, torch=AdamWithoutBiasCorrection),
+    "CPUAdam": Base("Adam", ADAM, torch=torch.optim.AdamW),
+    "CPUAdagrad": Base("Adagrad", {"lr": 0.01, "eps": 1e-6}),
+    "CPULion": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, torch=Lion),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table."""
+
+    name: str
+    stages: Sequence[int] = ZERO
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Merged into the DeepSpeed configuration, one level deep."""
+    model: Callable[[], Toy] = Toy
+    bf16: bool = False
+    zero_init: bool = False
+    torch_backward: bool = False
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    """The learning-rate schedule that the configuration names; ``client_schedule``: that is handed to DeepSpeed."""
+    client_schedule: bool = False
+    max_norm: float = 0.0
+    clip_window: tuple[int, int] | None = None
+    ways: Sequence[Way] = WAYS
+    refused: str = ""
+    """Words of the refusal; empty: it must agree."""
+    note: str = ""
+
+    def allowed(self, way: Way) -> Worst:
+        """How far it may be from the reference."""
+        if self.bf16:
+            return FIGURE_BF16_ADAM if way.base == "AdamW" else FIGURE_BF16
+        return Worst(1e-5, 2e-5, 1e-5, 1e-5)  # variances: see test_reference.test_the_gradient_as_an_adam_sees_it
+
+
+def zero(**settings: Any) -> dict[str, Any]:
+    """Settings of ``zero_optimization``."""
+    return {"zero_optimization": settings}
+
+
+def warmup(optimizer: torch.optim.Optimizer) -> WarmupLR:
+    return WarmupLR(optimizer, **WARMUP)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> OneCycleLR:
+    return OneCycleLR(optimizer, 0.02, total_steps=UPDATES + 1, cycle_momentum=False)
+
+
+WARMUP = {"warmup_min_lr": 0.001, "warmup_max_lr": 0.01, "warmup_num_steps": 4}
+CPU = {"device": "cpu"}
+BF16 = {"bf16": {"enabled": True}}
+ACCUMULATE_FP32 = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+IMMEDIATE = {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+NOT_BY_DEEPSPEED = "in stages 2 and 3 DeepSpeed itself crashes or hangs, with AGVM or without"
+
+CONFIGURATIONS = [
+    Option("no option", ANY),
+    Option("reduce_scatter: false", ZERO, zero(reduce_scatter=False)),
+    Option("overlap_comm: true", ZERO, zero(overlap_comm=True)),
+    Option("overlap_comm: false", ZERO, zero(overlap_comm=False)),
+    Option("contiguous_gradients: false", ZERO, zero(contiguous_gradients=False, overlap_comm=False)),
+    Option("contiguous_gradients: false, overlap_comm", ZERO, zero(contiguous_gradients=False, overlap_comm=True)),
+    Option("reduce_bucket_size: 100", ZERO, zero(reduce_bucket_size=100)),
+    Option("round_robin_gradients: true", FLAT, zero(round_robin_gradients=True)),
+    Option("parameter_alignment: true", FLAT, zero(parameter_alignment=True)),
+    Option("use_multi_rank_bucket_allreduce: false", FLAT, zero(use_multi_rank_bucket_allreduce=False)),
+    Option("sub_group_size: 50", (3,), zero(sub_group_size=50)),
+    Option("stage3_param_persistence_threshold: 0", (3,), zero(stage3_param_persistence_threshold=0)),
+    Option("stage3_param_persistence_threshold: 1000000", (3,), zero(stage3_param_persistence_threshold=10**6)),
+    Option("deepspeed.zero.Init", (3,), zero_init=True),
+    Option("offload_optimizer: cpu", ZERO, zero(offload_optimizer=CPU)),
+    Option("offload_optimizer: cpu, sub_group_size: 50", (3,), zero(offload_optimizer=CPU, sub_group_size=50)),
+    Option("offload_optimizer and offload_param: cpu", (3,), zero(offload_optimizer=CPU, offload_param=CPU)),
+    Option("prescale_gradients: true", (0,), {"prescale_gradients": True}),
+    Option("gradient_predivide_factor: 2", (0,), {"gradient_predivide_factor": 2.0}),
+    Option("gradient_clipping", ANY, max_norm=0.1),
+    Option("gradient_clipping, clip_window", ANY, max_norm=0.1, clip_window=(2, 3)),
+    Option("scheduler: WarmupLR", ANY, {"scheduler": {"type": "WarmupLR", "params": WARMUP}}, schedule=warmup),
+    Option("a torch scheduler (OneCycleLR)", ANY, schedule=one_cycle, client_schedule=True),
+    Option("torch-style backward: engine.scale(loss).backward()", ZERO, torch_backward=True),
+]
+PRECISIONS = [
+    Option("bf16", ANY, BF16, bf16=True),
+    Option("bf16, grad_accum_dtype: fp32", ZERO, ACCUMULATE_FP32, bf16=True),
+    Option("bf16, grad_accum_dtype: fp32, immediate_grad_update", (1,), IMMEDIATE, bf16=True),
+    Option("bf16, offload_optimizer: cpu", ZERO, BF16 | zero(offload_optimizer=CPU), bf16=True),
+    Option("communication_data_type: bf16", ANY, {"communication_data_type": "bf16"}, bf16=True),
+    Option("torch_autocast: bfloat16", ANY, AUTOCAST, bf16=True),
+]
+MODELS = [
+    Option("activation checkpointing, reentrant (mmdet's with_cp)", ANY, model=models.reentrant),
+    Option("activation checkpointing, use_reentrant=False", ANY, model=models.saved_tensors),
+    Option("deepspeed.checkpointing", ANY, model=models.deepspeed_checkpointing),
+    Option("weights tied between modules (the first has them)", ANY, model=models.Tied),
+    Option("a gradient not contiguous", ANY, model=models.Transposed),
+    Option("a gradient exactly zero", ANY, model=models.Zero),
+    Option("a gradient on some ranks only", (0, 1), model=models.Sometimes, note=NOT_BY_DEEPSPEED),
+]
+TORCH_BASES = [
+    Option(f"optimizer {name}", ANY, ways=[Way(name, estimator) for estimator in ("pairwise", "split")])
+    for name in ("Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")
+]
+COMPILED_BASES = [
+    Option("FusedAdam", ANY, ways=[Way("FusedAdam", "pairwise"), Way("FusedAdam", "split")]),
+    *(
+        Option(
+            f"DeepSpeed{name}, offload_optimizer: cpu",
+            ZERO,
+            zero(offload_optimizer=CPU),
+            ways=[Way(name, "pairwise"), Way(name, "split")],
+        )
+        for name in ("CPUAdam", "CPUAdagrad", "CPULion")
+    ),
+]
+"""DeepSpeed compiles each at its first use: 40 to 70 s on a CPU."""
+
+
+def refusals() -> list[Option]:
+    """What is refused, with the words of the reason."""
+    offload, one = zero(offload_optimizer=CPU), WAYS[:1]
+    rows: list[tuple[str, Sequence[int], dict[str, Any]]] = [
+        ("managed_gradient_accumulation", (2,), {"managed_gradient_accumulation": False}),
+        ("sparse_gradients", (0,), {"sparse_gradients": True}),
+        ("zero_optimization.elastic_checkpoint", (1,), zero(elastic_checkpoint=True)),
+        ("zero_optimization.zenflow", (2,), zero(offload_optimizer=CPU, zenflow={"topk_ratio": 0.1})),
+        ("zero_optimization.zero_quantized_gradients", (3,), zero(zero_quantized_gradients=True)),
+        ("zero_optimization.zeropp_loco_param", (3,), zero(zeropp_loco_param={"err_beta": 0.8, "reset_T": 8})),
+        ("zero_optimization.zero_hpz_partition_size", (3,), zero(zero_hpz_partition_size=2)),
+        ("zero_optimization.mics_shard_size", (3,), zero(mics_shard_size=1)),
+        ("zero_optimization.offload_optimizer.device", (3,), zero(offload_optimizer={"device": "nvme", "nvme_path": "."})),
+        ("zero_optimization.offload_optimizer.ratio", (3,), zero(offload_optimizer=CPU | {"ratio": 0.5})),
+        ("zero_optimization.offload_optimizer.super_offload", (3,), zero(offload_optimizer=CPU | {"super_offload": True})),
+        ("zero_optimization.offload_param.device", (3,), zero(offload_param={"device": "nvme", "nvme_path": "."})),
+        ("bf16.bf16_master_weights_and_grads", (2,), offload | _bf16("bf16_master_weights_and_grads")),
+        ("bf16.bf16_optimizer_states", (2,), offload | _bf16("bf16_optimizer_states")),
+        ("compile.deepcompile", (3,), {"compile": {"deepcompile": True}}),
+        ("tensor_parallel.autotp_size", (2,), {"tensor_parallel": {"autotp_size": 2}}),
+        ("sequence_parallel_size", (2,), {"sequence_parallel_size": 2}),
+    ]
+    found = [Option(path, stages, config, ways=one, refused=f"{path} = ") for path, stages, config in rows]
+    found += [
+        Option(f"optimizer {name}", (1,), {"optimizer": {"type": name}}, ways=one, refused=f"{name}': not supported with AGVM")
+        for name in REFUSED
+    ]
+    channels_last = "parameters not contiguous (channels_last)"
+    return [*found, Option(channels_last, ANY, model=models.ChannelsLast, ways=one, refused="is not contiguous")]
+
+
+def _bf16(key: str) -> dict[str, Any]:
+    return {"bf16": {"enabled": True, key: True}}
+
+
+def configuration(option: Option, stage: int, way: Way) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run."""
+    block = {"interval": 2, "start_step": 1, "ema_decay": 0.9, "estimator": way.estimator}
+    block |= {"reduce_bucket_size": way.bucket, "clip_window": option.clip_window}
+    config = ds_config(stage, ACCUMULATION, agvm=block, gradient_clipping=option.max_norm)
+    base = BASES[way.base]
+    config["optimizer"] = {"type": base.type, "params": {**base_options(option, way), **base.json_only}}
+    for key, value in option.config.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, Mapping) else value
+    return config
+
+
+def base_options(option: Option, way: Way) -> dict[str, Any]:
+    """The base's arguments; no weight decay in bf16, see test_reference.test_bf16_agrees_as_far_as_bf16_goes."""
+    return {**BASES[way.base].params, **({"weight_decay": 0.0} if option.bf16 else {})}
+
+
+def rounded(model: Toy) -> Toy:
+    """The model with weights that bf16 can hold, so that a bf16 run starts where its reference does."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    return model
+
+
+def model_of(option: Option, config: Mapping[str, Any] | None = None) -> Toy:
+    """The model of a row; partitioned from the start with a configuration and ``zero_init``."""
+    if option.zero_init and config is not None:
+        with deepspeed.zero.Init(config_dict_or_path=dict(config)):
+            return option.model()
+    return rounded(option.model()) if option.bf16 else option.model()
+
+
+def train(option: Option, stage: int, way: Way) -> list[Record] | str:
+    """In a rank: what is seen after each update, or the words of the refusal."""
+    config = configuration(option, stage, way)
+    client = {"lr_scheduler": option.schedule} if option.client_schedule else {}
+    try:
+        with started(config, model_of(option, config), **client) as engine:
+            records = []
+            for t in range(UPDATES):
+                update(engine, t, torch_backward=option.torch_backward)
+                records.append(record(engine))
+            return records
+    except ConfigError as error:
+        return str(error)
+
+
+Run = tuple[Option, int, Way]
+
+
+def train_all(runs: Sequence[Run]) -> list[list[Record] | str]:
+    """In a rank: one run after another."""
+    return [train(*run) for run in runs]
+
+
+def reference_of(option: Option, way: Way) -> list[Expected]:
+    """The dense reference's run of a row."""
+    options, base = base_options(option, way), BASES[way.base].reference
+    options.pop("bias_correction", None)
+    reference = Reference(
+        RANKS,
+        ACCUMULATION,
+        rows=ROWS,
+        estimator=way.estimator,
+        preconditioned=issubclass(base, torch.optim.Adam),
+        base=base,
+        options=options,
+        max_norm=option.max_norm,
+        clip_window=option.clip_window,
+        model=model_of(option),
+    )
+    return expected_of(reference, UPDATES, rates_of(option, options["lr"]))
+
+
+def rates_of(option: Option, lr: float) -> list[float]:
+    """The learning rate of each update under the option's schedule."""
+    if option.schedule is None:
+        return []
+    plain = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    scheduler, rates = option.schedule(plain), []
+    for _ in range(UPDATES):
+        rates.append(plain.param_groups[0]["lr"])
+        scheduler.step()
+    return rates
+
+
+def runs_of(options: Sequence[Option], ways: Sequence[Way] = WAYS) -> list[Run]:
+    """Every stage of every row, each way; a row that has ways of its own keeps them."""
+    return [
+        (option, stage, way)
+        for option in options
+        for stage in option.stages
+        for way in (ways if option.ways is WAYS else option.ways)
+    ]
+
+
+Key = tuple[str, int, str]
+
+
+def judge(runs: Sequence[Run], place: Path) -> dict[Key, Worst | str]:
+    """(row, stage, way) -> its largest differences, or the words of its refusal. Ranks are started once."""
+    one, other = run_ranks(train_all, RANKS, place, runs, timeout=800)
+    references: dict[tuple[str, Way], list[Expected]] = {}
+    found: dict[Key, Worst | str] = {}
+    for (option, stage, way), seen, twin in zip(runs, one, other, strict=True):
+        assert identical(seen, twin), f"{option.name}, stage {stage}, {way}: the ranks disagree"
+        if not isinstance(seen, str):
+            if (option.name, way) not in references:
+                references[option.name, way] = reference_of(option, way)
+            found[key_of(option, stage, way)] = compare(seen, references[option.name, way])
+        else:
+            found[key_of(option, stage, way)] = seen
+    return found
+
+
+def key_of(option: Option, stage: int, way: Way) -> Key:
+    """By which a run is found in what ``judge`` returns."""
+    return option.name, stage, str(way)
