@@ -68,12 +68,12 @@ def agreeing(rows: Sequence[Option], found: Mapping[Key, Worst | str]) -> Iterat
 
 def refused(rows: Sequence[Option], found: Mapping[Key, Worst | str]) -> Iterator[str]:
     """A line a row: why."""
-    yield "| option | what AGVM says |"
+    yield "| option | why |"
     yield "|---|---|"
     for option in rows:
         result = found[key_of(option, option.stages[0], option.ways[0])]
         said = result.splitlines()[-1].strip() if isinstance(result, str) else "NOT REFUSED"
-        yield f"| {option.name} | {said} |"
+        yield f"| {option.name} | {said.rpartition('with AGVM: ')[2]} |"
 
 
 if __name__ == "__main__":

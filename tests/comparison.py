@@ -104,6 +104,6 @@ each of three measures: 2 U is asked (measured: 0.7 U). Parameters travel 0.16 a
 """
 
 FIGURE_BF16_ADAM = Worst(2 * U, 16 * U, 8 * U, 4 * 0.003)
-"""The same of the preconditioned gradient: 1 / (sqrt(v) + eps) magnifies the elements that are all rounding (measured: 14 U in
-a variance, 6.6 U in agreement). AdamW steps such an element its whole rate, 0.003, in one direction or the other: four steps.
+"""The same of the preconditioned gradient: 1 / (sqrt(v) + eps) magnifies the elements that are all rounding (measured: 14 U
+in a variance, 6.6 U in agreement). AdamW steps such an element its whole rate, 0.003, one way or the other: four steps.
 """

@@ -56,15 +56,15 @@ ALL_WAYS = tuple(
 class Base:
     """An optimizer: how the JSON names it, its arguments, and the one of torch that it must agree with."""
 
-    type: str
+    name: str
     params: Mapping[str, Any]
     json_only: Mapping[str, Any] = field(default_factory=dict)
-    torch: type[torch.optim.Optimizer] | None = None
+    equal: type[torch.optim.Optimizer] | None = None
 
     @property
     def reference(self) -> type[torch.optim.Optimizer]:
         """Of the same name unless another is given."""
-        return self.torch or getattr(torch.optim, self.type)
+        return self.equal or getattr(torch.optim, self.name)
 
 
 ADAM = {"lr": 0.003, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}
@@ -80,10 +80,10 @@ BASES = {
     "NAdam": Base("NAdam", {"lr": 0.003}),
     "RAdam": Base("RAdam", {"lr": 0.003}),
     "RMSprop": Base("RMSprop", {"lr": 0.003, "momentum": 0.5, "centered": True}),
-    "FusedAdam": Base("Adam", ADAM | {"bias_correction": False}, torch=AdamWithoutBiasCorrection),
-    "CPUAdam": Base("Adam", ADAM, torch=torch.optim.AdamW),
+    "FusedAdam": Base("Adam", ADAM | {"bias_correction": False}, equal=AdamWithoutBiasCorrection),
+    "CPUAdam": Base("Adam", ADAM, equal=torch.optim.AdamW),
     "CPUAdagrad": Base("Adagrad", {"lr": 0.01, "eps": 1e-6}),
-    "CPULion": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, torch=Lion),
+    "CPULion": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, equal=Lion),
 }
 
 
@@ -211,9 +211,17 @@ def refusals() -> list[Option]:
         ("zero_optimization.zeropp_loco_param", (3,), zero(zeropp_loco_param={"err_beta": 0.8, "reset_T": 8})),
         ("zero_optimization.zero_hpz_partition_size", (3,), zero(zero_hpz_partition_size=2)),
         ("zero_optimization.mics_shard_size", (3,), zero(mics_shard_size=1)),
-        ("zero_optimization.offload_optimizer.device", (3,), zero(offload_optimizer={"device": "nvme", "nvme_path": "."})),
+        (
+            "zero_optimization.offload_optimizer.device",
+            (3,),
+            zero(offload_optimizer={"device": "nvme", "nvme_path": "."}),
+        ),
         ("zero_optimization.offload_optimizer.ratio", (3,), zero(offload_optimizer=CPU | {"ratio": 0.5})),
-        ("zero_optimization.offload_optimizer.super_offload", (3,), zero(offload_optimizer=CPU | {"super_offload": True})),
+        (
+            "zero_optimization.offload_optimizer.super_offload",
+            (3,),
+            zero(offload_optimizer=CPU | {"super_offload": True}),
+        ),
         ("zero_optimization.offload_param.device", (3,), zero(offload_param={"device": "nvme", "nvme_path": "."})),
         ("bf16.bf16_master_weights_and_grads", (2,), offload | _bf16("bf16_master_weights_and_grads")),
         ("bf16.bf16_optimizer_states", (2,), offload | _bf16("bf16_optimizer_states")),
@@ -222,10 +230,9 @@ def refusals() -> list[Option]:
         ("sequence_parallel_size", (2,), {"sequence_parallel_size": 2}),
     ]
     found = [Option(path, stages, config, ways=one, refused=f"{path} = ") for path, stages, config in rows]
-    found += [
-        Option(f"optimizer {name}", (1,), {"optimizer": {"type": name}}, ways=one, refused=f"{name}': not supported with AGVM")
-        for name in REFUSED
-    ]
+    for name in REFUSED:
+        said = f"{name}': not supported with AGVM"
+        found.append(Option(f"optimizer {name}", (1,), {"optimizer": {"type": name}}, ways=one, refused=said))
     channels_last = "parameters not contiguous (channels_last)"
     return [*found, Option(channels_last, ANY, model=models.ChannelsLast, ways=one, refused="is not contiguous")]
 
@@ -240,7 +247,7 @@ def configuration(option: Option, stage: int, way: Way) -> dict[str, Any]:
     block |= {"reduce_bucket_size": way.bucket, "clip_window": option.clip_window}
     config = ds_config(stage, ACCUMULATION, agvm=block, gradient_clipping=option.max_norm)
     base = BASES[way.base]
-    config["optimizer"] = {"type": base.type, "params": {**base_options(option, way), **base.json_only}}
+    config["optimizer"] = {"type": base.name, "params": {**base_options(option, way), **base.json_only}}
     for key, value in option.config.items():
         config[key] = {**config.get(key, {}), **value} if isinstance(value, Mapping) else value
     return config

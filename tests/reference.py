@@ -147,7 +147,9 @@ class Lion(torch.optim.Optimizer):
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                p.mul_(1 - lr * group["weight_decay"]).sub_(torch.copysign(lr * torch.ones_like(p), beta1 * m + (1 - beta1) * p.grad))
+                p.mul_(1 - lr * group["weight_decay"]).sub_(
+                    torch.copysign(lr * torch.ones_like(p), beta1 * m + (1 - beta1) * p.grad)
+                )
                 m.mul_(beta2).add_((1 - beta2) * p.grad)
 
 

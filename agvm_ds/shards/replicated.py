@@ -26,6 +26,8 @@ class ReplicatedGradients(Shards):
             if not self._is_mine(buffer):
                 continue
             gradient = owned.parameter.grad
+            if gradient is None and not owned.parameter.requires_grad:
+                continue  # frozen since the start: the controller says so
             if gradient is None:
                 shape = tuple(owned.parameter.shape)
                 raise ShardError(f"module {owned.module}: a parameter of shape {shape} has no averaged gradient")

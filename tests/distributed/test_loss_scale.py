@@ -15,7 +15,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from tests.engines import AGVM_BLOCK, Record, backward, ds_config, identical, record, started, train, update
+from tests.engines import AGVM_BLOCK, Record, backward, ds_config, identical, record, started, train
 from tests.launch import run_ranks
 
 STAGES = (1, 2, 3)

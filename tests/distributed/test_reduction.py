@@ -12,13 +12,15 @@ import torch
 
 import agvm_ds
 from agvm_ds import AGVM, param_groups
-from tests.engines import AGVM_BLOCK, OPTIONS, ds_config, masters, parameters, update
+from tests import options
+from tests.engines import AGVM_BLOCK, ds_config, masters, parameters, update
 from tests.launch import run_ranks
 from tests.toy import Toy
 
 RANKS, ACCUMULATION, UPDATES = 2, 2, 4
 STAGES = range(4)
 BASES = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+OTHERS = ("Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")
 EVERY_UPDATE = AGVM_BLOCK | {"interval": 1, "start_step": 0}
 ONE_MODULE = {"all": ["backbone", "neck", "rpn_head", "roi_head", "aux_head", "temperature"]}
 
@@ -30,30 +32,46 @@ class Setting:
     stage: int
     base: str = "SGD"
     bf16: bool = False
+    estimator: str = "pairwise"
 
     def __str__(self) -> str:
-        return f"stage{self.stage} {self.base}{' bf16' if self.bf16 else ''}"
+        kind = "" if self.estimator == "pairwise" else f" {self.estimator}"
+        return f"stage{self.stage} {self.base}{' bf16' if self.bf16 else ''}{kind}"
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:
+        """The base."""
+        return options.BASES[self.base].reference
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Its arguments."""
+        return dict(options.BASES[self.base].params)
 
     def config(self, agvm: dict[str, Any] | None) -> dict[str, Any]:
         """Clips every update: the norm must be the baseline's, too."""
         more: dict[str, Any] = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.3}
         more |= {"bf16": {"enabled": True}} if self.bf16 else {}
-        return ds_config(self.stage, ACCUMULATION, self.base, agvm, **more)
+        how = {"estimator": self.estimator, "precondition": "auto"}
+        config = ds_config(self.stage, ACCUMULATION, agvm=None if agvm is None else agvm | how, **more)
+        base = options.BASES[self.base]
+        return config | {"optimizer": {"type": base.name, "params": {**base.params, **base.json_only}}}
 
 
 SETTINGS = [
-    *(Setting(stage, base) for base in BASES for stage in STAGES),
+    *(Setting(stage, base, estimator=how) for base in BASES for how in ("pairwise", "split") for stage in STAGES),
     *(Setting(stage, bf16=True) for stage in STAGES),
+    *(Setting(stage, base) for base in OTHERS for stage in STAGES),
 ]
 
 
 def grouped(setting: Setting, model: Toy, modules: Any = None) -> torch.optim.Optimizer:
     """The base itself, over the same parameter groups as AGVM's: the order of reductions and norms is theirs."""
-    return BASES[setting.base](param_groups(model, modules), **OPTIONS[setting.base])
+    return setting.optimizer(param_groups(model, modules), **setting.arguments)
 
 
 def wrapped(setting: Setting, model: Toy) -> AGVM:
-    return AGVM(param_groups(model), base=BASES[setting.base], **OPTIONS[setting.base])
+    return AGVM(param_groups(model), base=setting.optimizer, **setting.arguments)
 
 
 def plain(setting: Setting, model: Toy) -> Any:
@@ -127,11 +145,13 @@ REDUCED: dict[Start, Start] = {
 """How a run with nothing to modulate is started -> its baseline."""
 
 LESS = [bounds_of_one, one_module, off]
-"""What is tried with AdamW and in bf16; the paths of the others are the same."""
+"""What is tried with AdamW, with split and in bf16; the paths of the others are the same."""
 
 
 def starts(setting: Setting) -> list[Start]:
-    return list(REDUCED) if setting.base == "SGD" and not setting.bf16 else LESS
+    if setting.base in OTHERS:  # under ZeRO, plain DeepSpeed's Adagrad knows one group only
+        return [one_module] if setting.base == "Adagrad" else [bounds_of_one, one_module]
+    return list(REDUCED) if setting.base == "SGD" and not setting.bf16 and setting.estimator == "pairwise" else LESS
 
 
 @dataclass

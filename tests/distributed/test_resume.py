@@ -31,21 +31,29 @@ class Case:
     stage: int
     base: str = "SGD"
     bf16: bool = False
+    estimator: str = "pairwise"
 
     def __str__(self) -> str:
-        return f"stage{self.stage} {self.base}{' bf16' if self.bf16 else ''}"
+        kind = "" if self.estimator == "pairwise" else f" {self.estimator}"
+        return f"stage{self.stage} {self.base}{' bf16' if self.bf16 else ''}{kind}"
 
     def start(self, model: Toy) -> Any:
         """Its engine, as a context."""
         more: dict[str, Any] = {"scheduler": WARMUP} if self.base == "AdamW" else {}
         more |= {"bf16": {"enabled": True}} if self.bf16 else {}
-        config = ds_config(self.stage, ACCUMULATION, self.base, BLOCK, gradient_clipping=0.3, **more)
+        block = BLOCK | {"precondition": "auto", "estimator": self.estimator, "reduce_bucket_size": 100}
+        config = ds_config(self.stage, ACCUMULATION, self.base, block, gradient_clipping=0.3, **more)
         scheduler = None if self.base == "AdamW" else lambda optimizer: OneCycleLR(optimizer, 0.2, total_steps=12)
         return started(config, model, lr_scheduler=scheduler)
 
 
 CASES = [
-    *(Case(stage, base) for base in ("SGD", "AdamW") for stage in STAGES),
+    *(
+        Case(stage, base, estimator=how)
+        for base in ("SGD", "AdamW")
+        for how in ("pairwise", "split")
+        for stage in STAGES
+    ),
     *(Case(stage, bf16=True) for stage in STAGES),
 ]
 
