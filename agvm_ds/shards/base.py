@@ -22,7 +22,7 @@ from agvm_ds.optimizer import AGVM
 SECOND_MOMENT = "exp_avg_sq"
 """Key of the Adams' second moment in an optimizer's state."""
 
-CHUNK = 2**20
+CHUNK = 2**18
 """Elements of a shard that are worked on at once: what is computed of a shard needs no copy of it."""
 
 

@@ -34,8 +34,8 @@ class OwnerReduction:
     the ranks agree whatever order their gradients appear in, and where a parameter has none on some rank. With one bucket
     for the whole model it is reduced once an update, with several once a micro-batch.
 
-    Memory, from ``start`` to ``stop``: one bucket and one gradient shard in fp32, and one bucket more for each that is
-    begun before its turn, which a backward in reverse order of definition does not do.
+    Memory, from the first gradient to ``stop``: one bucket and one gradient shard in fp32, and one bucket more for each that
+    is begun before its turn, which a backward in reverse order of definition does not do.
     """
 
     def __init__(self, shards: Shards, bucket_size: int) -> None:
@@ -54,14 +54,13 @@ class OwnerReduction:
         self._next = 0
 
     def start(self) -> None:
-        """Begin an update: the sums are zero."""
-        self._owned = self.shards.zeros()
+        """Begin an update: the sums are zero. Nothing is allocated before the first gradient."""
+        self._owned = []
         self._rewind()
 
     def stop(self) -> None:
         """Give the memory back."""
-        self._owned = []
-        self._rewind()
+        self.start()
 
     def _rewind(self) -> None:
         self._next = 0
@@ -97,6 +96,7 @@ class OwnerReduction:
     def _reduce(self, bucket: Bucket) -> None:
         """Add up a bucket over the ranks, keep what this rank owns of it, and drop it."""
         values = self.shards.add_up(self._values(bucket))
+        self._owned = self._owned or self.shards.zeros()
         for index in bucket.members:
             fragment, offset = self._fragments[index], self._place[index][1]
             if fragment is not None:
