@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 
 from agvm_ds.groups import MODULE
 from agvm_ds.optimizer import AGVM
@@ -142,6 +143,8 @@ class FlatShards(Shards):
     """ZeRO: a rank's part of each flat buffer is one fp32 partition, with the optimizer's state of the same layout."""
 
     def pieces(self) -> Iterator[Piece]:
+        if self.offloaded:
+            get_accelerator().synchronize()  # the copies to the host are not waited for before the step
         for buffer, (group, partition) in enumerate(zip(self.group_indices(), self.partitions(), strict=True)):
             module, start = self.optimizer.param_groups[group][MODULE], 0
             for gradient in self._checked(module, buffer, partition):
