@@ -45,6 +45,8 @@ class AGVMConfig(BaseModel):
 
     enabled: StrictBool = True
     """``false`` is plain DeepSpeed, bit for bit."""
+    modulate: StrictBool = True
+    """``false`` measures and logs, and trains as plain DeepSpeed: the scale factors are not applied."""
     anchor: Name = "backbone"
     """The module that the others are measured against; its learning rate never changes."""
     modules: list[Name] | dict[Name, list[Name]] | None = None
@@ -111,7 +113,7 @@ class AGVMConfig(BaseModel):
         return value
 
     def active(self, t: int) -> bool:
-        """Whether update ``t`` (from 0) steps with modulated learning rates."""
+        """Whether update ``t`` (from 0) is between ``start_step`` and ``stop_step``: modulated, and measured at intervals."""
         return self.start_step <= t and (self.stop_step is None or t <= self.stop_step)
 
     def measured(self, t: int) -> bool:

@@ -150,7 +150,7 @@ class Controller:
     def modulation(self, t: int, measure: Measure | None) -> AbstractContextManager[None]:
         """The context in which update t steps: an update that measures steps with its own result already."""
         factors = measure.scale_factors if measure else self.scale_factors
-        return self.optimizer.modulated(factors if self.config.active(t) else {})
+        return self.optimizer.modulated(factors if self.config.active(t) and self.config.modulate else {})
 
     def finish(self, t: int, measure: Measure | None) -> None:
         """Update t is over; ``measure`` is None when it was not measured, or the step was skipped."""

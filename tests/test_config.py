@@ -13,6 +13,7 @@ from agvm_ds.config import AGVMConfig, ConfigError, read_block
 
 DEFAULTS = {
     "enabled": True,
+    "modulate": True,
     "anchor": "backbone",
     "modules": None,
     "estimator": "pairwise",
@@ -32,9 +33,10 @@ NOT_AROUND_ONE = "0 < low <= 1 <= high"
 
 MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"intervall": 5}, "agvm.intervall", "unknown key; did you mean interval?"),
-    ({"zzz": 5}, "agvm.zzz", "unknown key; allowed: enabled, anchor, modules"),
+    ({"zzz": 5}, "agvm.zzz", "unknown key; allowed: enabled, modulate, anchor, modules"),
     ({"enabled": "yes"}, "agvm.enabled = 'yes'", "boolean"),
     ({"enabled": 1}, "agvm.enabled = 1", "boolean"),
+    ({"modulate": "no"}, "agvm.modulate = 'no'", "boolean"),
     ({"anchor": 3}, "agvm.anchor = 3", "string"),
     ({"anchor": ""}, "agvm.anchor = ''", "at least 1 character"),
     ({"anchor": None}, "agvm.anchor = None", "string"),
@@ -95,6 +97,7 @@ def test_an_empty_block_has_the_documented_defaults() -> None:
 def test_every_key_is_read() -> None:
     block = {
         "enabled": True,
+        "modulate": False,
         "anchor": "neck",
         "modules": {"neck": ["neck"], "heads": ["rpn_head", "roi_head"]},
         "estimator": "split",

@@ -92,6 +92,10 @@ def bounds_of_one(setting: Setting, model: Toy) -> Any:
     return agvm_ds.initialize(model=model, config=setting.config(EVERY_UPDATE | {"ratio_bounds": [1, 1]}))[0]
 
 
+def watched(setting: Setting, model: Toy) -> Any:
+    return agvm_ds.initialize(model=model, config=setting.config(EVERY_UPDATE | {"modulate": False}))[0]
+
+
 def bounds_of_one_by_hand(setting: Setting, model: Toy) -> Any:
     config = setting.config(EVERY_UPDATE | {"ratio_bounds": [1, 1]})
     engine = deepspeed.initialize(model=model, optimizer=wrapped(setting, model), config=config)[0]
@@ -134,6 +138,7 @@ Start = Callable[[Setting, Toy], Any]
 
 REDUCED: dict[Start, Start] = {
     bounds_of_one: plain,
+    watched: plain,
     bounds_of_one_by_hand: plain,
     before_start: plain,
     one_module: plain_one_group,
@@ -144,7 +149,7 @@ REDUCED: dict[Start, Start] = {
 }
 """How a run with nothing to modulate is started -> its baseline."""
 
-LESS = [bounds_of_one, one_module, off]
+LESS = [bounds_of_one, watched, one_module, off]
 """What is tried with AdamW, with split and in bf16; the paths of the others are the same."""
 
 
@@ -205,7 +210,7 @@ def test_it_is_the_plain_optimizer(setting: Setting, start: Start, runs: list[di
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_and_it_did_measure(setting: Setting, runs: list[dict[tuple[str, str], Outcome]]) -> None:
     """The bounds and the single module are what makes the factors 1, not a measure that never took place."""
-    expected = {"bounds_of_one": UPDATES, "one_module": UPDATES, "off": None, "before_start": 0}
+    expected = {"bounds_of_one": UPDATES, "watched": UPDATES, "one_module": UPDATES, "off": None, "before_start": 0}
     for (name, start), found in runs[0].items():
         if name == str(setting) and start in expected:
             assert found.measured == expected[start]
