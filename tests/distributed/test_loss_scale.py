@@ -15,7 +15,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from tests.engines import AGVM_BLOCK, Record, backward, ds_config, identical, record, started, train
+from tests.engines import AGVM_BLOCK, Record, backward, ds_config, identical, record, started, train, update
 from tests.launch import run_ranks
 
 STAGES = (1, 2, 3)
@@ -48,8 +48,8 @@ SCALERS: dict[str, Callable[[], Any]] = {"static": lambda: LossScaler(SCALE), "d
 
 
 @dataclass
-class Overflow:
-    """What is seen around an update whose gradients overflow on one rank."""
+class Skipped:
+    """What is seen around a measured update that DeepSpeed skips."""
 
     before: Record
     after: Record
@@ -58,30 +58,46 @@ class Overflow:
     next: Record
 
 
-def overflow(run: Run) -> Overflow:
-    """In a rank: update 2 is measured and good, update 4 measured and bad, update 6 measured and good."""
+def infinite(engine: Any, t: int) -> None:
+    """An update in which one micro-batch of one rank has infinite gradients."""
+    for k in range(ACCUMULATION):
+        backward(engine, t, k, scale=math.inf if (engine.global_rank, k) == (1, 0) else 1.0)
+        engine.step()
+
+
+def finite(engine: Any, t: int) -> None:
+    """An update that DeepSpeed takes for an overflow (stage 3 in fp32: by its norm) although every statistic is finite."""
+    engine.optimizer.has_overflow = lambda *args, **kwargs: True
+    engine.optimizer._get_norm_groups = lambda: [torch.tensor(math.inf)]
+    update(engine, t)
+    del engine.optimizer.has_overflow, engine.optimizer._get_norm_groups
+
+
+BAD: dict[str, Callable[[Any, int], None]] = {"infinite": infinite, "finite": finite}
+
+
+def skipped(run: Run, bad: Callable[[Any, int], None]) -> Skipped:
+    """In a rank: update 2 is measured and good, update 4 measured and skipped, update 6 measured and good."""
     with started(config(run)) as engine:
         scaled(engine, dynamic())
         before = train(engine, range(4))[-1]
         scale = engine.optimizer.loss_scale
-        for k in range(ACCUMULATION):
-            backward(engine, 4, k, scale=math.inf if (engine.global_rank, k) == (1, 0) else 1.0)
-            engine.step()
-        after, applied = record(engine), engine.was_step_applied()
-        scales = scale, engine.optimizer.loss_scale
-        return Overflow(before, after, scales, applied, train(engine, range(5, 7))[-1])
+        bad(engine, 4)
+        after, applied, scales = record(engine), engine.was_step_applied(), (scale, engine.optimizer.loss_scale)
+        return Skipped(before, after, scales, applied, train(engine, range(5, 7))[-1])
 
 
 def everything() -> dict[str, Any]:
     """In a rank: all runs."""
-    found: dict[str, Any] = {"plain": {}, "static": {}, "dynamic": {}, "overflow": {}}
+    found: dict[str, Any] = {name: {} for name in ("plain", *SCALERS, *BAD)}
     for run in RUNS:
         with started(config(run)) as engine:
             found["plain"][run] = train(engine, range(UPDATES))
         for kind, scaler in SCALERS.items():
             with started(config(run)) as engine:
                 found[kind][run] = train(scaled(engine, scaler()), range(UPDATES))
-        found["overflow"][run] = overflow(run)
+        for kind, bad in BAD.items():
+            found[kind][run] = skipped(run, bad)
     return found
 
 
@@ -100,8 +116,9 @@ def test_a_scaled_run_is_the_unscaled_run(kind: str, run: Run, runs: dict[str, A
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-def test_an_update_skipped_for_overflow_changes_nothing_but_the_counter(run: Run, runs: dict[str, Any]) -> None:
-    seen: Overflow = runs["overflow"][run]
+@pytest.mark.parametrize("kind", BAD)
+def test_an_update_that_is_skipped_changes_nothing_but_the_counter(kind: str, run: Run, runs: dict[str, Any]) -> None:
+    seen: Skipped = runs[kind][run]
     assert not seen.applied
     assert seen.scales[1] == seen.scales[0] / 2, "DeepSpeed has noticed"
     for name in ("scale_factors", "variances", "noise_scales", "parameters", "measured"):
