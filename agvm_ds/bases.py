@@ -18,7 +18,6 @@ from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from torch.optim import Optimizer
 
 from agvm_ds.config import ConfigError
-from agvm_ds.groups import PARAMS
 
 ADAMS: tuple[type[Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
 """Whose variance is that of the preconditioned gradient (DESIGN: g / (sqrt(v) + eps))."""
@@ -65,17 +64,6 @@ def warning_of(base: type[Optimizer], zero_stage: int) -> str | None:
     if issubclass(base, ELEMENTWISE):
         return None
     return f"base optimizer {base.__name__} is not known here: under ZeRO it must treat each element by itself"
-
-
-def begin_state(optimizer: Optimizer) -> None:
-    """Give torch's Adagrad, which makes its state when it is built, one for the partitions that ZeRO steps instead."""
-    if not isinstance(optimizer, torch.optim.Adagrad):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group[PARAMS]:
-            if parameter not in optimizer.state:
-                total = torch.full_like(parameter, group["initial_accumulator_value"], dtype=torch.float32)
-                optimizer.state[parameter] = {"step": torch.tensor(0.0), "sum": total}
 
 
 def base_from_json(config: Mapping[str, Any]) -> tuple[type[Optimizer], dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from agvm_ds.bases import begin_state, problem_of
+from agvm_ds.bases import problem_of
 from agvm_ds.config import ConfigError
 from agvm_ds.groups import MODULE, NAME, PARAMS
 
@@ -55,7 +55,7 @@ class AGVM(Optimizer):
         self.owned = [Owned(i, group[MODULE], p) for i, group in enumerate(groups) for p in group[PARAMS]]
         super().__init__(groups, **options)
         if issubclass(base, torch.optim.Adagrad):
-            self.state.clear()  # made for parameters that ZeRO will replace; begin_state makes it anew
+            self.state.clear()  # made for parameters that ZeRO will replace; its step makes it anew
 
     @property
     def modules(self) -> list[str]:
@@ -78,7 +78,6 @@ class AGVM(Optimizer):
                 "AGVM.step() before agvm_ds.attach(engine): call it once, after deepspeed.initialize "
                 "(agvm_ds.initialize does both)"
             )
-        begin_state(self)
         shown = [(group, group["lr"]) for group in self.param_groups]
         try:
             for group, lr in shown:
