@@ -1,4 +1,4 @@
-"""mmcv's and mmdet's hooks of averaged weights (YOLOX has one), under DeepSpeed: the averages are kept beside the model, not in it.
+"""mmcv's and mmdet's hooks of averaged weights (YOLOX has one), under DeepSpeed: the averages stay beside the model.
 
 They register each average as a buffer of the model, so that evaluated and published weights have twice the keys. Here the
 model stays as it is; between epochs it holds the averages, as there, and a DeepSpeed checkpoint always has the weights

@@ -16,6 +16,7 @@ from mmdet.apis import init_random_seed, set_random_seed
 from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.compat import mend_mmdet
 from agvm_ds.mmdet.errors import HostError
 
 
@@ -26,6 +27,7 @@ def init_distributed() -> None:
             "not started by a launcher (RANK is not set): start with `deepspeed launch/...`, on one rank too"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    mend_mmdet()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(get_accelerator().communication_backend_name())
 
