@@ -12,7 +12,8 @@ from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import FusedLion
 from mmcv import Config
-from mmcv.runner import OPTIMIZERS, build_optimizer_constructor
+from mmcv.runner import OPTIMIZERS
+from mmdet.core.optimizers.builder import build_optimizer_constructor
 from torch import nn
 
 from agvm_ds.bases import base_from_json
