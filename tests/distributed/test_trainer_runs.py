@@ -128,7 +128,9 @@ def test_what_is_frozen_is_published_as_it_was_and_the_rest_is_trained(continued
     same = {name for name in before if torch.equal(before[name], after[name])}
     frozen = {name for name in before if name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1"))}
     assert frozen and same >= frozen
+    trained = [value for name, value in after.items() if name.startswith("rpn_head")]
     assert not any(name.startswith("rpn_head") for name in same)
+    assert not all(torch.equal(value, value.bfloat16().float()) for value in trained)  # the fp32 masters
 
 
 def test_the_test_program_measures_what_was_logged(learned: Path, tmp_path: Path) -> None:
@@ -162,12 +164,12 @@ custom_hooks = [
 ]
 workflow = [("train", 1), ("val", 1)]
 auto_scale_lr = dict(enable=False, base_batch_size=8)
+train_pipeline[3]["flip_ratio"] = 0.5
 """
 MANY_SETTINGS = {"train_batch_size": 16, "zero_optimization": {"stage": 1}}
 MANY_OPTIONS = {
     **AFTER,
     "runner.max_epochs": 2,
-    "data.workers_per_gpu": 1,
     "checkpoint_config.by_epoch": False,
     "checkpoint_config.interval": 2,
     "checkpoint_config.max_keep_ckpts": 2,
@@ -247,7 +249,7 @@ def resumed_from(work: Path, tag: str, last: str, *words: Any, **more: Any) -> t
 
 
 def test_a_run_resumed_within_an_epoch_is_the_whole_run(many: Path, digits: Path, learned: Path) -> None:
-    """With a worker process, averages, and a validation phase; AGVM off."""
+    """With random flips, averages, and a validation phase; AGVM off."""
     more = ("--diff-seed", "--auto-scale-lr", "--load-from", str(learned))
     words = (digits, MANY_SETTINGS, MANY_OPTIONS, *more)
     before, after = resumed_from(many, "iter_4", "iter_6", *words, config=MANY_HOOKS)
@@ -286,18 +288,22 @@ lr_config = dict(policy="step", step=[4], warmup="linear", warmup_iters=2)
 
 
 def test_an_iteration_based_run_saves_evaluates_and_resumes(digits: Path, tmp_path: Path) -> None:
-    """The second run is the rest of the first, with no validation: the data, which have no end, go on where they were."""
+    """The second run is the rest of the first, with no validation: the data, which have no end, go on where they were.
+
+    With a worker process, whose own random state mmdet begins anew: so with no random transforms.
+    """
     settings = {
         "train_batch_size": 16,
         "zero_optimization": {"stage": 0},
         "agvm": {"precondition": "none", "interval": 1},
     }
-    work = run(tmp_path, digits, settings, {"log_config.interval": 1}, config=ITERATIONS)
+    options = {"log_config.interval": 1, "data.workers_per_gpu": 1}
+    work = run(tmp_path, digits, settings, options, config=ITERATIONS)
     assert {path.name for path in work.glob("iter_*.pth")} == {"iter_2.pth", "iter_4.pth", "iter_5.pth"}
     assert (work / "deepspeed" / "latest").read_text() == "iter_5"
     assert len([line for line in logged(work) if "bbox_mAP" in line]) == 2
     measures = (work / "agvm.jsonl").read_text()
-    words = (digits, settings, {"log_config.interval": 1}, "--no-validate")
+    words = (digits, settings, options, "--no-validate")
     before, after = resumed_from(work, "iter_2", "iter_5", *words, config=ITERATIONS)
     assert_equal_weights(before[0], after[0])
     assert (work / "agvm.jsonl").read_text() == measures
