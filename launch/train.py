@@ -28,7 +28,11 @@ def parser() -> argparse.ArgumentParser:
     add("--diff-seed", action="store_true", help="add the rank to the seed")
     add("--deterministic", action="store_true", help="deterministic cuDNN")
     add("--no-validate", action="store_true", help="no evaluation while training")
-    add("--allow-other-categories", action="store_true", help="leave out annotations of categories not in the classes")
+    add(
+        "--allow-other-categories",
+        action="store_true",
+        help="leave out annotations of categories not in the classes (looked for in COCO data sets only)",
+    )
     add("--auto-scale-lr", action="store_true", help="the config's rate x global batch / auto_scale_lr.base_batch_size")
     result.add_common()
     return deepspeed.add_config_arguments(result)  # type: ignore[no-any-return]
