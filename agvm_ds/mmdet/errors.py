@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from torch.distributed import DistError, TCPStore
 
 from agvm_ds.config import ConfigError
