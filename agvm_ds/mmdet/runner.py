@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from mmcv.runner import RUNNERS, EpochBasedRunner, IterBasedRunner
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.compat import repeat_mode_switch
 from agvm_ds.mmdet.ema import ema_hooks, trained_weights
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state, set_random_state
@@ -187,6 +188,7 @@ class EpochBasedEngineRunner(EngineRunner, EpochBasedRunner):
 
     def _continue(self, loader: Any) -> None:
         self._epoch, self._skip = divmod(self._iter, len(loader))
+        repeat_mode_switch(self, loader)
         if self._resumed is not None:
             self._epoch_start = self._resumed["epoch_start"]
             set_random_state(self._resumed["now"])
