@@ -28,7 +28,7 @@ class JsonLines:
     {"update", "samples", "anchor", "modules": {name: {"variance", "ratio", "scale_factor", "noise_scale", "lr"}}}:
     ``samples`` counts images up to and including the update, ``lr`` is the unmodulated rate of the module's first group,
     undefined values are null. Lines from ``controller.steps`` on, left by a run that went further than its last
-    checkpoint, are dropped at the start.
+    checkpoint, are dropped at the start, and lines that a killed run left unfinished.
     """
 
     def __init__(self, path: Path, controller: Controller) -> None:
@@ -38,7 +38,7 @@ class JsonLines:
 
     def _keep_before(self, update: int) -> None:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] < update]
+        kept = [line for line in lines if _update_of(line) < update]
         if kept != lines or not self.path.exists():
             draft = self.path.with_suffix(".tmp")
             draft.write_text("".join(f"{line}\n" for line in kept))
@@ -60,6 +60,14 @@ class JsonLines:
         modules = {name: {key: plain_number(column[name]) for key, column in columns.items()} for name in rates}
         samples = int(self.controller.shards.engine.global_samples)
         return {"update": measure.update, "samples": samples, "anchor": self.controller.anchor, "modules": modules}
+
+
+def _update_of(line: str) -> float:
+    """The update that a line is of; infinity for a line that is no measure."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def learning_rates(controller: Controller) -> dict[str, float]:

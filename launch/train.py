@@ -5,19 +5,11 @@ from __future__ import annotations
 import argparse
 
 import deepspeed
-from mmcv import DictAction
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.commandline import Parser
 from agvm_ds.mmdet.errors import main_of_rank
 from agvm_ds.mmdet.train import TrainOptions, train
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake once for the launch, not once a rank."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise ConfigError with the usage."""
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,21 +23,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--work-dir", help="where everything is written (default: work_dirs/<name of the config>)")
     add("--resume", action="store_true", help="continue from the newest DeepSpeed checkpoint in the work dir")
-    add("--load-from", metavar="X.pth", help="weights to start from")
+    add("--load-from", metavar="X.pth", help="weights to start from: a file or a URL (default: the config's load_from)")
     add("--seed", type=int, help="default: the config's, or a random one")
     add("--diff-seed", action="store_true", help="add the rank to the seed")
     add("--deterministic", action="store_true", help="deterministic cuDNN")
     add("--no-validate", action="store_true", help="no evaluation while training")
-    add("--allow-other-categories", action="store_true", help="leave out annotations of categories not in the classes")
     add(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="changes to the mmdet config",
+        "--allow-other-categories",
+        action="store_true",
+        help="leave out annotations of categories not in the classes (looked for in COCO data sets only)",
     )
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--auto-scale-lr", action="store_true", help="the config's rate x global batch / auto_scale_lr.base_batch_size")
+    result.add_common()
     return deepspeed.add_config_arguments(result)  # type: ignore[no-any-return]
 
 
@@ -67,6 +56,7 @@ def main() -> None:
             diff_seed=args.diff_seed,
             deterministic=args.deterministic,
             validate=not args.no_validate,
+            auto_scale_lr=args.auto_scale_lr,
             allow_other_categories=args.allow_other_categories,
             cfg_options=args.cfg_options,
         )

@@ -10,7 +10,7 @@ in this order, whichever first loads and computes a right result with the instal
    a compiler. MAX_JOBS, CXX, CFLAGS are respected. An interrupted or failed build goes on where it stopped.
 
 With a GPU and nvcc of torch's CUDA version (CUDA_HOME) the CUDA ops are built too; FORCE_CUDA=1 builds them without
-looking for a GPU (name the architectures in TORCH_CUDA_ARCH_LIST), FORCE_CUDA=0 leaves them out. CUDANOTE
+looking for a GPU (name the architectures in TORCH_CUDA_ARCH_LIST), FORCE_CUDA=0 leaves them out. That build was never tried.
 
 Needs what `pip install -e .[mmdet]` installs.
 """

@@ -1,8 +1,12 @@
-"""What must be settled before torch and DeepSpeed are imported: one thread a rank, and the CPU whatever the machine has."""
+"""What must be settled before torch and DeepSpeed are imported: one thread a rank, the CPU, and this Python's programs."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed's launcher and its ninja: with another ninja it builds its extensions anew.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

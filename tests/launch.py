@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -84,3 +85,10 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_
     except BaseException:
         (Path(place) / f"error_{rank}").write_text(traceback.format_exc())
         raise
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

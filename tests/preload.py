@@ -11,7 +11,9 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 import torch._dynamo
 
-import agvm_ds.engine  # noqa: F401
+import agvm_ds.engine
+import agvm_ds.mmdet.test
+import agvm_ds.mmdet.train  # noqa: F401
 
 torch.set_num_threads(1)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -28,16 +28,33 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
     try:
         cfg = replace_cfg_vals(Config.fromfile(str(path)))
         update_data_root(cfg)
+        move_data(cfg, (options or {}).get("data_root"))
         cfg.merge_from_dict(dict(options or {}))
         cfg = compat_cfg(cfg)
     except ConfigError:
         raise
     except Exception as error:  # a config is Python code and may raise anything
         raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
-    missing = [key for key in ("model", "data", "optimizer", "runner") if key not in cfg]
+    missing = [key for key in ("model", "data", "runner") if key not in cfg]
     if missing:
         raise ConfigError(f"config {path}: has no {', '.join(missing)}; is it a complete mmdet 2.x config?")
     return cfg
+
+
+def move_data(cfg: Config, root: str | None) -> None:
+    """``data_root`` changed on the command line: what the file put under the old root is looked for under the new one."""
+    old = cfg.get("data_root")
+    if root is None or not old:
+        return
+    cfg.data = _moved(cfg.data, old.rstrip("/") + "/", root.rstrip("/") + "/")
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    if isinstance(node, dict):
+        return {key: _moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_moved(item, old, new) for item in node)
+    return new + node.removeprefix(old) if isinstance(node, str) and node.startswith(old) else node
 
 
 def config_path(name: str | None) -> Path:

@@ -14,7 +14,6 @@ from torch import nn
 
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of
 from agvm_ds.mmdet.randomness import untouched_randomness
-from agvm_ds.mmdet.weights import gather_weights
 
 
 @HOOKS.register_module()
@@ -25,7 +24,7 @@ class EngineCheckpointHook(CheckpointHook):
         name = self._name(runner)
         if self.save_optimizer:
             runner.save_state(Path(name).stem)  # first: what latest.pth shows can be resumed
-        runner.save_checkpoint(self.out_dir, **self.args)
+        runner.save_checkpoint(self.out_dir, **{**self.args, "filename_tmpl": name})
         if runner.meta is not None:
             runner.meta.setdefault("hook_msgs", {})["last_ckpt"] = str(Path(self.out_dir) / name)
         if self.max_keep_ckpts > 0:
@@ -51,23 +50,32 @@ class EngineEvalHook(DistEvalHook):
         self.latest_metrics: dict[str, float] = {}
         self._evaluated = -1
 
+    def _should_evaluate(self, runner: Any) -> bool:
+        """As mmcv, and after the last epoch or update: a run ends with metrics of its last weights."""
+        last = self.is_last_epoch(runner) if self.by_epoch else self.is_last_iter(runner)
+        return bool(last or super()._should_evaluate(runner))
+
     def after_run(self, runner: Any) -> None:
-        """A run ends with metrics of its last weights, whatever the interval."""
+        """A resumed run that had nothing left to do tells the metrics of its weights; they are not a new best."""
         if self._evaluated != self.engine.global_steps:
-            self._evaluate(runner)
+            self._measure(runner)
 
     def _do_evaluate(self, runner: Any) -> None:
         if self._should_evaluate(runner):
             self._evaluate(runner)
 
-    def _evaluate(self, runner: Any) -> None:
+    def _measure(self, runner: Any) -> float | None:
         self._evaluated = self.engine.global_steps
         with untouched_randomness():
-            self.detector.load_state_dict(gather_weights(self.engine))
+            self.detector.load_state_dict(runner.weights())
             shares = detect(self.detector, self.dataloader, self.engine.device)
             self.latest_results = collect(shares, len(self.dataloader.dataset))
             key_score = self.evaluate(runner, self.latest_results)
         runner.log_buffer.output["eval_iter_num"] = len(self.dataloader)
+        return key_score
+
+    def _evaluate(self, runner: Any) -> None:
+        key_score = self._measure(runner)
         if self.save_best and key_score is not None:
             if runner.rank != 0:
                 self.best_ckpt_path = None  # rank 0 removes the one before

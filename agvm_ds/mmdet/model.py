@@ -59,12 +59,16 @@ class EngineModel(nn.Module):
     def _losses(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         inputs = to_device(batch, self.engine.device)
         loss, log_vars = self.module._parse_losses(self.engine(return_loss=True, **inputs))
-        return loss, {"log_vars": dict(log_vars), "num_samples": len(inputs["img_metas"])}
+        return loss, {"loss": loss.detach(), "log_vars": dict(log_vars), "num_samples": len(inputs["img_metas"])}
 
 
 def _merge(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One mmcv output of several: means of log_vars (some heads leave one out where they have nothing), samples added."""
+    """One mmcv output of several: means of losses and log_vars (a head may leave one out), samples added.
+
+    ``loss``, which some hooks read, is this rank's; log_vars are means over the ranks already.
+    """
     keys = dict.fromkeys(key for output in outputs for key in output["log_vars"])
     columns = {key: [o["log_vars"][key] for o in outputs if key in o["log_vars"]] for key in keys}
     log_vars = {key: sum(values) / len(values) for key, values in columns.items()}
-    return {"log_vars": log_vars, "num_samples": sum(output["num_samples"] for output in outputs)}
+    loss = torch.stack([output["loss"] for output in outputs]).mean()
+    return {"loss": loss, "log_vars": log_vars, "num_samples": sum(output["num_samples"] for output in outputs)}

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.lamb import FusedLamb
+from deepspeed.ops.lion import FusedLion
 from mmcv import Config
-from mmcv.runner import OPTIMIZERS, build_optimizer_constructor
+from mmcv.runner import OPTIMIZERS
+from mmdet.core.optimizers.builder import build_optimizer_constructor
 from torch import nn
 
 from agvm_ds.bases import base_from_json
@@ -32,22 +37,24 @@ def build(detector: nn.Module, cfg: Config, plan: Plan) -> OptimizerSetup:
 
     The groups are the same with AGVM on and off, so that a baseline differs from it in nothing else.
     """
-    block = plan.deepspeed.get("optimizer")
+    block, own = plan.deepspeed.get("optimizer"), cfg.get("optimizer") or {}
     if block:
-        plan.notes.append(
-            f"optimizer {block.get('type')} from the DeepSpeed JSON; the config's {cfg.optimizer.type} is set aside"
-        )
+        given = {**defaults_of(deepspeed_class(block)), **(block.get("params") or {})}
     else:
-        plan.notes.append(f"optimizer {cfg.optimizer.type} from the mmdet config")
+        base, options = base_from_config(own)
+        given = {**defaults_of(base), **options}
     chosen = plan.agvm.modules if plan.agvm is not None else None
-    settings = block.get("params", {}) if block else cfg.optimizer
-    groups = cut_groups(paramwise_groups(detector, cfg.optimizer, settings), detector, chosen or modules_of(detector))
+    groups = cut_groups(paramwise_groups(detector, own, given), detector, chosen or modules_of(detector))
     if block and plan.agvm is None:
         return OptimizerSetup(None, groups)
-    base, options = base_from_json(plan.deepspeed) if block else base_from_config(cfg.optimizer)
+    if block:
+        base, options = base_from_json(plan.deepspeed)
     if plan.agvm is not None:
         return OptimizerSetup(make_optimizer(groups, base, options), groups)
-    return OptimizerSetup(base(groups, **options), groups)
+    try:
+        return OptimizerSetup(base(groups, **options), groups)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config's optimizer: {error}") from None
 
 
 def paramwise_groups(detector: nn.Module, optimizer: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Group]:
@@ -56,23 +63,43 @@ def paramwise_groups(detector: nn.Module, optimizer: Mapping[str, Any], settings
     settings: where the base ``lr`` and ``weight_decay`` come from. The constructor wants to build an optimizer; SGD
     costs nothing, and only its groups are used.
     """
-    rates = {key: settings[key] for key in ("lr", "weight_decay") if key in settings}
-    constructor = build_optimizer_constructor(
-        {
-            "type": optimizer.get("constructor", "DefaultOptimizerConstructor"),
-            "optimizer_cfg": {"type": "SGD", **({"lr": 1.0} | rates)},
-            "paramwise_cfg": optimizer.get("paramwise_cfg"),
-        }
-    )
-    return [
-        {PARAMS: group["params"]} | {key: group[key] for key in rates} for group in constructor(detector).param_groups
-    ]
+    rates = {key: settings[key] for key in RATES if key in settings}
+    constructor = {
+        "type": optimizer.get("constructor", "DefaultOptimizerConstructor"),
+        "optimizer_cfg": {"type": "SGD", **({"lr": 1.0} | rates)},
+        "paramwise_cfg": optimizer.get("paramwise_cfg"),
+    }
+    try:
+        made = build_optimizer_constructor(constructor)(detector).param_groups
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.paramwise_cfg or .constructor: {type(error).__name__}: {error}") from error
+    return [{PARAMS: group["params"]} | {key: group[key] for key in rates} for group in made]
+
+
+RATES = ("lr", "weight_decay")
+"""The settings that differ from group to group."""
+
+
+def defaults_of(base: type[torch.optim.Optimizer] | None) -> dict[str, Any]:
+    """The rate and decay that a class has where nobody gives one; ``paramwise_cfg`` multiplies them too."""
+    known = signature(base).parameters if base is not None else {}
+    return {key: known[key].default for key in RATES if key in known and known[key].default is not Parameter.empty}
+
+
+def deepspeed_class(block: Mapping[str, Any]) -> type[torch.optim.Optimizer] | None:
+    """The class of which DeepSpeed takes the defaults for an ``optimizer`` block; None if it is not known here."""
+    name, params = str(block.get("type")).lower(), block.get("params") or {}
+    if name in ("adam", "adamw") and not params.get("torch_adam"):
+        return FusedAdam
+    others = {"lamb": FusedLamb, "lion": FusedLion}
+    by_name = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
+    return others.get(name) or by_name.get(name)
 
 
 def base_from_config(optimizer: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """(class, its arguments) of an mmdet config's ``optimizer``."""
     options = {key: value for key, value in optimizer.items() if key not in ("type", "paramwise_cfg", "constructor")}
-    base = OPTIMIZERS.get(optimizer["type"])
+    base = OPTIMIZERS.get(str(optimizer.get("type")))
     if base is None:
-        raise ConfigError(f"optimizer.type = {optimizer['type']!r}: mmcv knows no optimizer of that name")
+        raise ConfigError(f"optimizer.type = {optimizer.get('type')!r}: mmcv knows no optimizer of that name")
     return base, options

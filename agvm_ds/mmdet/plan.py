@@ -43,12 +43,22 @@ class Plan:
 
     @property
     def half(self) -> str | None:
-        """ "fp16" or "bf16" when the parameters are of that type."""
-        return next((key for key in ("fp16", "bf16") if _enabled(self.deepspeed, key)), None)
+        """ "fp16" or "bf16" when the parameters are of that type; "bfloat16" is DeepSpeed's older key."""
+        kinds = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
+        return next((kind for key, kind in kinds.items() if _enabled(self.deepspeed, key)), None)
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        zero = self.deepspeed.get("zero_optimization") or {}
+        return int(zero.get("stage", 0)) if isinstance(zero, Mapping) else 1
 
 
-def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int) -> Plan:
-    """Settle a DeepSpeed configuration and an mmdet config for this many ranks. Raises ConfigError."""
+def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scale_rate: bool = False) -> Plan:
+    """Settle a DeepSpeed configuration and an mmdet config for this many ranks. Raises ConfigError.
+
+    What is settled is written into ``cfg`` too. scale_rate: mmdet's ``--auto-scale-lr``.
+    """
     block = read_block(deepspeed_config)
     batch = settle_batch(deepspeed_config, int(cfg.data.train_dataloader.get("samples_per_gpu", 2)), ranks)
     effective = {
@@ -58,6 +68,9 @@ def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int) -> P
         "gradient_accumulation_steps": batch.accumulation,
     }
     plan = Plan(effective, batch, block, [str(batch)])
+    cfg.data.train_dataloader.samples_per_gpu = batch.micro
+    _settle_optimizer(plan, cfg)
+    _settle_rate(plan, cfg, scale_rate)
     _settle_clipping(plan, cfg)
     _settle_schedule(plan, cfg)
     _refuse_precision(plan, cfg)
@@ -96,6 +109,36 @@ def settle_batch(config: Mapping[str, Any], samples_per_gpu: int, ranks: int) ->
 
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def _settle_optimizer(plan: Plan, cfg: Config) -> None:
+    block, own = plan.deepspeed.get("optimizer"), cfg.get("optimizer")
+    if not block and not own:
+        raise ConfigError("neither the DeepSpeed JSON nor the mmdet config names an optimizer")
+    if not block:
+        plan.notes.append(f"optimizer {own.type} from the mmdet config")
+        return
+    aside = f"; the config's {own.type} is set aside" if own else ""
+    plan.notes.append(f"optimizer {block.get('type')} from the DeepSpeed JSON{aside}")
+
+
+def _settle_rate(plan: Plan, cfg: Config, asked: bool) -> None:
+    """mmdet's linear scaling: the config's rate, meant for ``base_batch_size`` images, times global batch / that."""
+    scaling = cfg.get("auto_scale_lr") or {}
+    if not asked and not scaling.get("enable"):
+        return
+    base = scaling.get("base_batch_size")
+    if not base:
+        raise ConfigError("auto_scale_lr: the config has no auto_scale_lr.base_batch_size to scale from")
+    if plan.deepspeed.get("optimizer"):
+        plan.notes.append("auto_scale_lr is set aside: the learning rate is the DeepSpeed JSON's")
+        return
+    if "lr" not in cfg.optimizer:
+        raise ConfigError("auto_scale_lr: the config's optimizer has no lr to scale")
+    rate = cfg.optimizer.lr
+    cfg.optimizer.lr = rate * plan.batch.train / base
+    plan.notes.append(f"auto_scale_lr: lr = {rate} x batch {plan.batch.train} / {base} = {cfg.optimizer.lr:.6g}")
+    cfg.auto_scale_lr.enable = False  # done: the effective config must not do it again
 
 
 def _settle_clipping(plan: Plan, cfg: Config) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 import mmcv
 import torch
 from deepspeed import comm
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from mmcv.runner import RUNNERS, EpochBasedRunner, IterBasedRunner
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.compat import repeat_mode_switch
+from agvm_ds.mmdet.ema import ema_hooks, trained_weights
+from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state, set_random_state
-from agvm_ds.mmdet.weights import gather_weights, publish
+from agvm_ds.mmdet.weights import StateDict, gather_weights, publish
 
 STATE_DIR = "deepspeed"
 """Folder of the DeepSpeed checkpoints in a work dir."""
@@ -41,10 +45,15 @@ class EngineRunner:
     logger: Any
     work_dir: Any
     rank: int
+    _hooks: list[Any]
+    _epoch: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, batch: Batch, unrounded: StateDict, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.batch = batch
+        self.unrounded = unrounded
         self._epoch_start: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def engine(self) -> Any:
@@ -56,6 +65,10 @@ class EngineRunner:
         """The folder of the DeepSpeed checkpoints."""
         return Path(self.work_dir) / STATE_DIR
 
+    def weights(self) -> StateDict:
+        """What is evaluated and published; every rank must call it."""
+        return gather_weights(self.engine, self.unrounded)
+
     def save_checkpoint(
         self,
         out_dir: str,
@@ -65,14 +78,14 @@ class EngineRunner:
         create_symlink: bool = True,
     ) -> None:
         """Write the weights as plain mmdet reads them; every rank must call it. Optimizer state is never in them."""
-        weights = gather_weights(self.engine)
+        weights = self.weights()
         if self.rank == 0:
             name = (filename_tmpl or self._filename()).format(self._counter() + 1)
             publish(weights, self._about(meta or {}), Path(out_dir) / name, "latest.pth" if create_symlink else None)
         comm.barrier()
 
     def _about(self, meta: dict[str, Any]) -> dict[str, Any]:
-        own = {"epoch": self._epoch + 1, "iter": self._iter, "CLASSES": self.model.CLASSES}  # type: ignore[has-type]
+        own = {"epoch": self._epoch + 1, "iter": self._iter, "CLASSES": self.model.CLASSES}
         stamp = {"mmcv_version": mmcv.__version__, "time": time.asctime()}
         return dict(plain({**stamp, **meta, **(self.meta or {}), **own}))
 
@@ -80,8 +93,23 @@ class EngineRunner:
         """Write the engine's whole state under the work dir, for ``--resume``; every rank must call it."""
         states: list[Any] = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(states, {"now": random_state(), "epoch_start": self._epoch_start})
-        client_state = {RUNNER_KEY: {"random": states, "hook_msgs": plain(self.meta or {}).get("hook_msgs", {})}}
-        self.engine.save_checkpoint(str(self.state_dir), tag=tag, client_state=client_state)
+        with trained_weights(self._hooks):
+            meta = plain(self.meta or {})
+            state = {
+                "random": states,
+                "seed": meta.get("seed"),
+                "hook_msgs": meta.get("hook_msgs", {}),
+                "averages": [hook.state() for hook in ema_hooks(self._hooks)],
+                **self._pace(),
+            }
+            self.engine.save_checkpoint(str(self.state_dir), tag=tag, client_state={RUNNER_KEY: state})
+
+    def _pace(self) -> dict[str, Any]:
+        """What one update, and one epoch, is."""
+        return {"batch": self.batch.train, "updates_per_epoch": self.updates_per_epoch}
+
+    updates_per_epoch: int | None = None
+    """None where epochs are not counted."""
 
     def remove_checkpoints(self, out_dir: str, names: list[str]) -> None:
         """Remove these ``.pth`` files and the engine states that belong to them."""
@@ -90,31 +118,54 @@ class EngineRunner:
                 (Path(out_dir) / name).unlink(missing_ok=True)
                 shutil.rmtree(self.state_dir / Path(name).stem, ignore_errors=True)
 
-    def resume_state(self, updates_per_epoch: int) -> None:
-        """Continue from the newest DeepSpeed checkpoint in the work dir; every rank must call it."""
+    def resume_state(self, loader: Any) -> None:
+        """Continue from the newest DeepSpeed checkpoint in the work dir; every rank must call it. Raises ConfigError."""
         refuse_nothing_to_resume(Path(self.work_dir))
-        path, client_state = self.engine.load_checkpoint(str(self.state_dir))
-        if path is None:
-            raise ConfigError(f"--resume: the checkpoint that {self.state_dir / LATEST} names cannot be loaded")
-        updates = int(self.engine.global_steps)
-        self._iter, self._epoch = updates, updates // updates_per_epoch
-        self._skip = updates % updates_per_epoch
-        state = client_state[RUNNER_KEY]
+        path, state = self._load_state()
+        self._iter = int(self.engine.global_steps)
         if self.meta is not None:
             self.meta["hook_msgs"] = state["hook_msgs"]
+            if state["seed"] != self.meta.get("seed"):
+                self.logger.warning(
+                    "resumed with seed %s, begun with %s: data come in another order; --seed %s continues it",
+                    *(self.meta.get("seed"), state["seed"], state["seed"]),
+                )
+        for hook, averages in zip(ema_hooks(self._hooks), state["averages"], strict=True):
+            hook.load_state(averages, self.engine.device)
         if len(state["random"]) == comm.get_world_size():
-            mine = state["random"][self.rank]
-            set_random_state(mine["now"])
-            self._epoch_start = mine["epoch_start"]
+            self._resumed = state["random"][self.rank]
         else:
-            self.logger.warning(
-                "resumed on %d ranks from %d: data order and random state are not continued",
-                comm.get_world_size(),
-                len(state["random"]),
-            )
-        self.logger.info("resumed from %s at update %d, epoch %d", path, updates, self._epoch)
+            ranks = comm.get_world_size(), len(state["random"])
+            self.logger.warning("resumed on %d ranks from %d: data order and random state are not continued", *ranks)
+        self._continue(loader)
+        self.logger.info("resumed from %s at update %d, epoch %d", path, self._iter, self._epoch)
 
-    _skip = 0
+    def _load_state(self) -> tuple[str, dict[str, Any]]:
+        """(folder, the runner's state) of the newest checkpoint, once the engine has loaded the rest."""
+        newest = self.state_dir / LATEST
+        try:
+            path, client_state = self.engine.load_checkpoint(str(self.state_dir))
+        except ConfigError:
+            raise
+        except (ZeRORuntimeException, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"--resume: {newest.parent / newest.read_text().strip()} does not fit this run: {error}\n  the model, "
+                "the optimizer's groups, the ZeRO stage, the precision and the number of ranks must be the same"
+            ) from error
+        if path is None:
+            raise ConfigError(f"--resume: the checkpoint that {newest} names cannot be loaded")
+        state = client_state[RUNNER_KEY]
+        saved = {key: state[key] for key in self._pace()}
+        if saved != self._pace():
+            raise ConfigError(
+                f"--resume: {path} is of a run with {_pace_text(saved)}; this run has {_pace_text(self._pace())}: its "
+                "schedule would go on in another place. Use the same batch and data, or start anew with --load-from"
+            )
+        return str(path), state
+
+    def _continue(self, loader: Any) -> None:
+        """Go to the place of ``_iter`` in the data; ``_resumed`` is this rank's random state there, if it is known."""
+        raise NotImplementedError
 
     def _counter(self) -> int:
         raise NotImplementedError
@@ -127,11 +178,20 @@ class EngineRunner:
 class EpochBasedEngineRunner(EngineRunner, EpochBasedRunner):
     """EpochBasedRunner over updates; it resumes in the middle of an epoch too."""
 
+    _skip = 0
+
     def _counter(self) -> int:
         return int(self._epoch)
 
     def _filename(self) -> str:
         return "epoch_{}.pth"
+
+    def _continue(self, loader: Any) -> None:
+        self._epoch, self._skip = divmod(self._iter, len(loader))
+        repeat_mode_switch(self, loader)
+        if self._resumed is not None:
+            self._epoch_start = self._resumed["epoch_start"]
+            set_random_state(self._resumed["now"])
 
     def train(self, data_loader: Any, **kwargs: Any) -> None:
         """One epoch, or after a resume the rest of one: with its first part's data read again and passed by."""
@@ -169,13 +229,28 @@ class EpochBasedEngineRunner(EngineRunner, EpochBasedRunner):
 
 @RUNNERS.register_module()
 class IterBasedEngineRunner(EngineRunner, IterBasedRunner):
-    """IterBasedRunner over updates; as in mmcv, a resumed run starts a new pass over the data."""
+    """IterBasedRunner over updates; a resumed run goes on where its data, which have no end, were left."""
 
     def _counter(self) -> int:
         return int(self._iter)
 
     def _filename(self) -> str:
         return "iter_{}.pth"
+
+    def _continue(self, loader: Any) -> None:
+        loader.pass_by(self._iter)
+
+    def train(self, data_loader: Any, **kwargs: Any) -> None:
+        """One update; the first one after a resume begins with the random state in which the last one ended."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            set_random_state(resumed["now"])
+        super().train(data_loader, **kwargs)
+
+
+def _pace_text(pace: dict[str, Any]) -> str:
+    updates = pace["updates_per_epoch"]
+    return f"batches of {pace['batch']} images" + (f", {updates} updates an epoch" if updates is not None else "")
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from rich.console import Console
 from agvm_ds.mmdet.hooks import EngineEvalHook, ThroughputHook
 from agvm_ds.mmdet.report import draw_detections, plot_modules, read_measures, sample_of, summary_table
 from agvm_ds.monitor import FILE_NAME
+
+logger = logging.getLogger("agvm_ds")
 
 MODULES_PICTURE = "modules.png"
 DETECTIONS_PICTURE = "detections.png"
@@ -31,10 +34,20 @@ def summarize(
     if agvm:
         written.append(plot_modules(log, work_dir / MODULES_PICTURE, work_dir.name))
     if evaluation is not None and evaluation.latest_results is not None:
-        dataset = evaluation.dataloader.dataset
-        sample = sample_of(dataset, evaluation.latest_results)
-        written.append(draw_detections(sample, dataset.CLASSES, work_dir / DETECTIONS_PICTURE))
+        written.append(_draw(evaluation.dataloader.dataset, evaluation.latest_results, work_dir / DETECTIONS_PICTURE))
     console = Console()
     console.print(table)
     for path in filter(None, written):
         console.print(f"picture: {path}")
+
+
+def _draw(dataset: Any, results: Any, out: Path) -> Path | None:
+    """The sheet of detections; None, with a warning, for a data set that is unlike mmdet's own."""
+    try:
+        return draw_detections(sample_of(dataset, results), dataset.CLASSES, out)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        kind = type(dataset).__name__
+        logger.warning(
+            "no detections to show: %s is not read as CocoDataset is: %s: %s", kind, type(error).__name__, error
+        )
+        return None

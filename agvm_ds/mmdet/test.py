@@ -9,14 +9,13 @@ from typing import Any
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from mmcv.runner import load_checkpoint
 from mmdet.utils import get_root_logger, setup_multi_processes
 
-from agvm_ds.config import ConfigError
-from agvm_ds.mmdet import data
+from agvm_ds.mmdet import data, session
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
-from agvm_ds.mmdet.train import init_distributed, make_demo_data
+from agvm_ds.mmdet.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -29,23 +28,24 @@ class TestOptions:
     checkpoint: str
     out: str | None = None
     metrics: tuple[str, ...] = ()
+    allow_other_categories: bool = False
     cfg_options: dict[str, Any] = field(default_factory=dict)
 
 
 def test(options: TestOptions) -> dict[str, float]:
     """Metrics of a checkpoint on ``data.test``, on every rank. Raises ConfigError for bad input."""
-    if not Path(options.checkpoint).is_file():
-        raise ConfigError(f"checkpoint not found: {options.checkpoint}")
+    if "://" not in options.checkpoint and not Path(options.checkpoint).is_file():
+        raise HostError(f"checkpoint not found: {options.checkpoint}")
     cfg = read_config(options.config, options.cfg_options)
-    init_distributed()
+    session.init_distributed()
     setup_multi_processes(cfg)
     if config_path(options.config) == DEMO_CONFIG:
-        make_demo_data(cfg)
-    data.check_files(cfg)
+        session.make_demo_data(cfg)
+    data.check_files(cfg, ["test"])
     device = get_accelerator().current_device_name()
     detector = plain_detector(cfg, device)
-    loader = data.test_loader(cfg, "test")
-    load_checkpoint(detector, options.checkpoint, map_location="cpu", logger=get_root_logger())
+    load_weights(detector, options.checkpoint, get_root_logger())
+    loader = data.test_loader(cfg, "test", options.allow_other_categories)
     results = collect(detect(detector, loader, device), len(loader.dataset))
     metrics: dict[str, float] = {}
     if results is not None:

@@ -6,35 +6,38 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import mmcv
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from mmcv import Config
-from mmcv.runner import build_runner, load_checkpoint
+from mmcv.runner import build_runner
 from mmdet import __version__ as mmdet_version
-from mmdet.apis import init_random_seed, set_random_seed
 from mmdet.models import build_detector
-from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
+from mmdet.utils import get_root_logger
 from torch import nn
 
 import agvm_ds
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import load_config
-from agvm_ds.mmdet import data, optimizer
+from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
+from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
+from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
 from agvm_ds.mmdet.runner import refuse_nothing_to_resume
 from agvm_ds.mmdet.summary import summarize
+from agvm_ds.mmdet.weights import keep_unrounded, load_weights
 from agvm_ds.monitor import FILE_NAME, JsonLines
 
 
@@ -51,6 +54,7 @@ class TrainOptions:
     diff_seed: bool = False
     deterministic: bool = False
     validate: bool = True
+    auto_scale_lr: bool = False
     allow_other_categories: bool = False
     cfg_options: dict[str, Any] = field(default_factory=dict)
 
@@ -59,25 +63,29 @@ def train(options: TrainOptions) -> None:
     """Train, evaluate, and leave the work dir complete. Raises ConfigError, before training, for bad input."""
     started = time.perf_counter()
     plan, cfg, work_dir = prepare(options)
-    init_distributed()
+    session.init_distributed()
     if config_path(options.config) == DEMO_CONFIG:
-        make_demo_data(cfg)
-    data.check_files(cfg)
-    logger = open_log(cfg, work_dir)
-    seed = settle_seed(options, cfg)
-    loaders = data.train_loaders(cfg, plan.batch, options.allow_other_categories)
-    detector = make_detector(options, cfg, plan, loaders[0].dataset.CLASSES)
+        session.make_demo_data(cfg)
+    data.check_files(cfg, splits_read(options, cfg))
+    logger = session.open_log(cfg, work_dir)
+    seed = session.settle_seed(cfg, options.seed, options.diff_seed, options.deterministic)
+    loaders = data.phase_loaders(cfg, plan.batch, options.allow_other_categories)
+    loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
+    detector = make_detector(cfg, plan, loader.dataset.CLASSES)
+    unrounded = keep_unrounded(detector) if plan.half else {}
     setup = optimizer.build(detector, cfg, plan)
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
-    runner = make_runner(options, cfg, plan, engine, work_dir, seed)
+    runner = make_runner(options, cfg, plan, engine, seed, unrounded)
+    if cfg.runner.type == "EpochBasedRunner":
+        runner.updates_per_epoch = len(loader)
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
     clock = ThroughputHook()
     runner.register_hook(clock, priority="VERY_HIGH")
     write_effective_configs(cfg, plan, engine, work_dir)
     if options.resume:
-        runner.resume_state(len(loaders[0]))
+        runner.resume_state(loader)
     if engine.agvm is not None and engine.global_rank == 0:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     for note in plan.notes:
@@ -92,72 +100,27 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     """All that can be known to be wrong before ranks meet: config, JSON, arithmetic, work dir."""
     deepspeed_config = load_config(options.deepspeed_config)
     cfg = read_config(options.config, options.cfg_options)
-    plan = make_plan(deepspeed_config, cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = make_plan(deepspeed_config, cfg, int(os.environ.get("WORLD_SIZE", "1")), options.auto_scale_lr)
+    refuse_unsupported(cfg, plan)
     named = options.work_dir or cfg.get("work_dir") or f"work_dirs/{config_path(options.config).stem}"
     cfg.work_dir, work_dir = str(named), Path(named)
     if options.resume:
         refuse_nothing_to_resume(work_dir)
-    if options.load_from and not Path(options.load_from).is_file():
-        raise ConfigError(f"--load-from: not found: {options.load_from}")
-    make_work_dir(work_dir)
+    cfg.load_from = options.load_from or cfg.get("load_from")
+    if cfg.load_from and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
+        raise HostError(f"{'--load-from' if options.load_from else 'load_from'}: not found: {cfg.load_from}")
+    session.make_work_dir(work_dir)
     return plan, cfg, work_dir
 
 
-def make_work_dir(work_dir: Path) -> None:
-    """Raise HostError when files cannot be written there."""
-    probe = work_dir / f".probe_{os.environ.get('RANK', '0')}"
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise HostError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
+def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
+    """Which of the config's data sets this run reads."""
+    validates = options.validate or any(phase == "val" for phase, _ in cfg.workflow)
+    return ["train", "val"] if validates else ["train"]
 
 
-def init_distributed() -> None:
-    """Join the ranks over the accelerator's backend (gloo without a GPU)."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
-
-
-def make_demo_data(cfg: Config) -> None:
-    """The built-in data set, made once on each host."""
-    from agvm_ds.demo.data import ensure
-
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            ensure(cfg.data_root)
-        except (OSError, ImportError) as error:
-            raise HostError(f"the built-in data: {error}") from error
-    comm.barrier()
-
-
-def open_log(cfg: Config, work_dir: Path) -> logging.Logger:
-    """mmdet's logger: rank 0 writes text to the terminal and ``<time>.log``; AGVM's words go to the same places."""
-    cfg.timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime())
-    logger = get_root_logger(str(work_dir / f"{cfg.timestamp}.log"), cfg.get("log_level", "INFO"))
-    own = logging.getLogger("agvm_ds")
-    own.handlers, own.propagate = logger.handlers, False
-    setup_multi_processes(cfg)
-    if comm.get_rank() == 0:
-        logger.info("Environment:\n%s", "\n".join(f"{key}: {value}" for key, value in collect_env().items()))
-    return logger  # type: ignore[no-any-return]
-
-
-def settle_seed(options: TrainOptions, cfg: Config) -> int:
-    """Seed this rank as mmdet's tools do: one seed for all ranks unless ``--diff-seed``."""
-    device = get_accelerator().device_name()
-    seed = int(init_random_seed(options.seed if options.seed is not None else cfg.get("seed"), device))
-    mine = seed + comm.get_rank() if options.diff_seed else seed
-    set_random_seed(mine, deterministic=options.deterministic)
-    cfg.seed = seed  # the samplers' seed must be the same on all ranks
-    get_root_logger().info("seed %d%s", seed, ", plus the rank" if options.diff_seed else "")
-    return seed
-
-
-def make_detector(options: TrainOptions, cfg: Config, plan: Plan, classes: Any) -> nn.Module:
-    """The detector with its first weights, before DeepSpeed takes it."""
+def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
+    """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
     detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     on_cpu = get_accelerator().device_name() == "cpu"
     if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules()):
@@ -168,18 +131,18 @@ def make_detector(options: TrainOptions, cfg: Config, plan: Plan, classes: Any) 
     detector.init_weights()
     quiet.setLevel(level)
     detector.CLASSES = classes
-    if options.load_from:
-        load_checkpoint(detector, options.load_from, map_location="cpu", logger=get_root_logger())
+    if cfg.load_from:
+        load_weights(detector, cfg.load_from, get_root_logger())
     if plan.half:
         enable_half(detector, plan.half)
     return detector
 
 
-def make_runner(options: TrainOptions, cfg: Config, plan: Plan, engine: Any, work_dir: Path, seed: int) -> Any:
+def make_runner(
+    options: TrainOptions, cfg: Config, plan: Plan, engine: Any, seed: int, unrounded: Mapping[str, Any]
+) -> Any:
     """mmcv's runner with the config's hooks; the engine takes the place of the optimizer hook."""
     kind = cfg.runner.type
-    if kind not in ("EpochBasedRunner", "IterBasedRunner"):
-        raise ConfigError(f"runner.type = {kind}: allowed: EpochBasedRunner, IterBasedRunner")
     for group in engine.basic_optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # before a resume brings the rate of its update
     meta = {
@@ -193,9 +156,11 @@ def make_runner(options: TrainOptions, cfg: Config, plan: Plan, engine: Any, wor
         default_args={
             "model": EngineModel(engine),
             "optimizer": engine.basic_optimizer,
-            "work_dir": str(work_dir),
+            "work_dir": cfg.work_dir,
             "logger": get_root_logger(),
             "meta": meta,
+            "batch": plan.batch,
+            "unrounded": unrounded,
         },
     )
     runner.timestamp = cfg.timestamp
@@ -205,10 +170,11 @@ def make_runner(options: TrainOptions, cfg: Config, plan: Plan, engine: Any, wor
         None,
         cfg.get("log_config"),
         cfg.get("momentum_config"),
-        custom_hooks_config=cfg.get("custom_hooks"),
+        custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
     )
     if cfg.get("checkpoint_config"):
-        runner.register_hook(EngineCheckpointHook(**cfg.checkpoint_config), priority="NORMAL")
+        settings = {"by_epoch": kind == "EpochBasedRunner", **cfg.checkpoint_config}
+        runner.register_hook(EngineCheckpointHook(**settings), priority="NORMAL")
     runner.register_hook(AGVMLogHook(engine), priority="NORMAL")
     if kind == "EpochBasedRunner":
         runner.register_hook(mmcv.runner.DistSamplerSeedHook())
@@ -231,6 +197,7 @@ def write_effective_configs(cfg: Config, plan: Plan, engine: Any, work_dir: Path
         return
     effective = dict(plan.deepspeed)
     if engine.agvm is not None:
-        effective["agvm"] = {**engine.agvm.config.model_dump(mode="json"), "modules": engine.agvm.modules}
+        modules = engine.agvm.config.modules or modules_of(engine.module)
+        effective["agvm"] = {**engine.agvm.config.model_dump(mode="json"), "modules": modules}
     (work_dir / "deepspeed.json").write_text(json.dumps(effective, indent=2) + "\n")
     cfg.dump(str(work_dir / "config.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,29 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.utils import safe_get_full_fp32_param
+from mmcv.runner import load_checkpoint
 from torch import nn
+
+from agvm_ds.config import ConfigError
 
 StateDict = dict[str, torch.Tensor]
 
 
-def gather_weights(engine: Any) -> StateDict:
+def keep_unrounded(detector: nn.Module) -> StateDict:
+    """Copies of what DeepSpeed has no fp32 master of once it casts a detector to half precision: frozen and buffers."""
+    frozen = {name: parameter for name, parameter in detector.named_parameters() if not parameter.requires_grad}
+    buffers = {name: buffer for name, buffer in detector.named_buffers() if buffer.is_floating_point()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in (frozen | buffers).items()}
+
+
+def gather_weights(engine: Any, unrounded: Mapping[str, torch.Tensor] | None = None) -> StateDict:
     """The detector's state dict on every rank, on the CPU; every rank must call it.
 
-    Parameters are the fp32 masters where the training runs in half precision. Buffers (BatchNorm's statistics) are
-    rank 0's, as in mmdet's distributed evaluation; they are given to the training model of every rank too.
+    Parameters are the fp32 masters where the training runs in half precision, and what it has not touched is as it was
+    before it was cast (``unrounded``, see keep_unrounded). Buffers (BatchNorm's statistics) are rank 0's, as in mmdet's
+    distributed evaluation; they are given to the training model of every rank too.
     """
+    unrounded = unrounded or {}
     for buffer in engine.module.buffers():
         comm.broadcast(buffer.data, src=0)
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
@@ -29,7 +42,11 @@ def gather_weights(engine: Any) -> StateDict:
     result: StateDict = {}
     for name, value in engine.module.state_dict().items():
         whole = _master(engine, parameters[name], masters) if name in parameters else value
-        result[name] = whole.detach().to("cpu", torch.float32 if whole.is_floating_point() else whole.dtype, copy=True)
+        whole = whole.detach().cpu()
+        before = unrounded.get(name)
+        if before is not None and torch.equal(before.to(whole.dtype), whole):
+            whole = before
+        result[name] = whole.to(torch.float32 if whole.is_floating_point() else whole.dtype, copy=True)
     return result
 
 
@@ -51,6 +68,18 @@ def _unfused_masters(engine: Any) -> dict[int, torch.Tensor]:
         return {}
     pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     return {id(p): master for half, full in pairs for p, master in zip(half, full, strict=True)}
+
+
+def load_weights(detector: nn.Module, source: str, logger: Any) -> None:
+    """Load a ``.pth`` (a file, or a URL that mmcv knows) that fits in part at least. Raises ConfigError."""
+    try:
+        loaded = load_checkpoint(detector, source, map_location="cpu", logger=logger)
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{source}: cannot be loaded as a .pth: {type(error).__name__}: {reason}") from error
+    weights = loaded.get("state_dict", loaded)
+    if not {name.removeprefix("module.") for name in weights} & set(detector.state_dict()):
+        raise ConfigError(f"{source}: none of its weights has a place in the detector; is it of another one?")
 
 
 def publish(weights: StateDict, meta: Mapping[str, Any], path: Path, link: str | None = None) -> None:

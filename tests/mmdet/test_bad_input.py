@@ -12,8 +12,9 @@ from mmcv import Config
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
 from agvm_ds.mmdet.data import check_categories, check_files
+from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.plan import make_plan, settle_batch
-from agvm_ds.mmdet.train import TrainOptions, prepare
+from agvm_ds.mmdet.train import TrainOptions, prepare, splits_read
 
 AGVM = {"precondition": "none"}
 
@@ -62,9 +63,25 @@ def test_work_dir_that_cannot_be_made(options: dict[str, Any], tmp_path: Path) -
 def test_missing_data_is_listed_together() -> None:
     cfg = read_config(None, {"data.train.ann_file": "no/train.json", "data.val.img_prefix": "no/val"})
     with pytest.raises(ConfigError) as caught:
-        check_files(cfg)
+        check_files(cfg, ["train", "val"])
     assert "data.train.ann_file: not found: no/train.json" in str(caught.value)
     assert "data.val.img_prefix: not found: no/val" in str(caught.value)
+
+
+def test_only_what_a_run_reads_must_be_there(tmp_path: Path) -> None:
+    """A user with no test split trains all the same, and tests without the training split."""
+    (tmp_path / "here").mkdir()
+    cfg = read_config(None)
+    for split in ("train", "val"):
+        cfg.data[split].update(ann_file=str(tmp_path / "here"), img_prefix=str(tmp_path / "here"))
+    cfg.data.test.ann_file = "no/test.json"
+    check_files(cfg, ["train", "val"])
+    with pytest.raises(HostError, match="data.test.ann_file: not found: no/test.json"):
+        check_files(cfg, ["test"])
+    options = TrainOptions(deepspeed_config="", validate=False)
+    assert splits_read(options, cfg) == ["train"]
+    cfg.workflow = [("train", 1), ("val", 1)]
+    assert splits_read(options, cfg) == ["train", "val"]
 
 
 class Annotated:

@@ -1,0 +1,44 @@
+"""What the command lines of ``launch/`` have in common: mistakes are ConfigErrors, told once for the launch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mmcv import DictAction
+
+from agvm_ds.config import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake once for the launch, not once a rank."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise ConfigError with the usage."""
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+    def add_common(self) -> None:
+        """Add ``--cfg-options`` and what DeepSpeed's launcher passes."""
+        self.add_argument(
+            "--cfg-options",
+            nargs="+",
+            action=CfgOptions,
+            default={},
+            metavar="KEY=VALUE",
+            help="changes to the mmdet config",
+        )
+        self.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+class CfgOptions(DictAction):  # type: ignore[misc]
+    """mmcv's KEY=VALUE pairs; a word without "=" is a mistake of the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Raise ArgumentError for what is no pair, or has unbalanced brackets."""
+        odd = [value for value in values if "=" not in value]
+        if odd:
+            raise argparse.ArgumentError(self, f"{odd[0]!r} is not KEY=VALUE")
+        try:
+            super().__call__(parser, namespace, values, option)
+        except (AssertionError, ValueError) as error:
+            raise argparse.ArgumentError(self, str(error)) from None

@@ -1,0 +1,53 @@
+"""What an mmdet config may ask of plain mmdet and not of a run here: refused at start, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmcv import Config
+
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.ema import EMA_HOOKS
+from agvm_ds.mmdet.plan import Plan
+
+RUNNERS = ("EpochBasedRunner", "IterBasedRunner")
+PHASES = ("train", "val")
+
+
+def refuse_unsupported(cfg: Config, plan: Plan) -> None:
+    """Raise ConfigError with all of them together."""
+    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan)]
+    if problems:
+        raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
+    if cfg.get("auto_resume"):
+        plan.notes.append("the config's auto_resume is set aside: --resume continues a run")
+
+
+def _runner(cfg: Config) -> Iterator[str]:
+    if cfg.runner.get("type") not in RUNNERS:
+        yield f"runner.type = {cfg.runner.get('type')!r}: allowed: {', '.join(RUNNERS)}"
+    phases = [phase[0] for phase in cfg.get("workflow", [])]
+    if "train" not in phases or not set(phases) <= set(PHASES):
+        yield f"workflow = {cfg.get('workflow')}: its phases must be 'train' and, if wanted, 'val'"
+
+
+def _resume(cfg: Config) -> Iterator[str]:
+    if cfg.get("resume_from"):
+        yield (
+            f"resume_from = {cfg.resume_from!r}: a .pth has no optimizer state here: --resume continues the run in the work "
+            "dir, load_from (or --load-from) starts with weights"
+        )
+
+
+def _averages(cfg: Config, plan: Plan) -> Iterator[str]:
+    """The EMA hooks read and write whole fp32 weights."""
+    hooks = cfg.get("custom_hooks") or []
+    for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
+        kind: Any = hook.get("type") if isinstance(hook, dict) else None
+        if kind in EMA_HOOKS and hook.get("resume_from"):
+            yield f"custom hook {kind}: resume_from: --resume brings the averages back"
+        elif kind in EMA_HOOKS and plan.stage == 3:
+            yield f"custom hook {kind}: ZeRO-3 leaves no whole weights to average; use stage 0, 1 or 2"
+        elif kind in EMA_HOOKS and plan.half:
+            yield f"custom hook {kind}: would average weights rounded to {plan.half}; train in fp32"

@@ -1,0 +1,77 @@
+"""What a run has before anything is built: its ranks, folder, log and seed, and the built-in data."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import time
+from pathlib import Path
+
+import deepspeed
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from mmcv import Config
+from mmdet.apis import init_random_seed, set_random_seed
+from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
+
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.compat import mend_mmdet
+from agvm_ds.mmdet.errors import HostError
+
+
+def init_distributed() -> None:
+    """Join the ranks over the accelerator's backend (gloo without a GPU). Raises ConfigError when nobody started ranks."""
+    if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError(
+            "not started by a launcher (RANK is not set): start with `deepspeed launch/...`, on one rank too"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    mend_mmdet()
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+
+
+def make_work_dir(work_dir: Path) -> None:
+    """Raise HostError when files cannot be written there."""
+    probe = work_dir / f".probe_{os.environ.get('RANK', '0')}"
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise HostError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
+
+
+def make_demo_data(cfg: Config) -> None:
+    """The built-in data set, made once on each host."""
+    from agvm_ds.demo.data import ensure
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            ensure(cfg.data_root)
+        except (OSError, ImportError) as error:
+            raise HostError(f"the built-in data: {error}") from error
+    comm.barrier()
+
+
+def open_log(cfg: Config, work_dir: Path) -> logging.Logger:
+    """mmdet's logger: rank 0 writes text to the terminal and ``<time>.log``; AGVM's words go to the same places."""
+    cfg.timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime())
+    logger = get_root_logger(str(work_dir / f"{cfg.timestamp}.log"), cfg.get("log_level", "INFO"))
+    own = logging.getLogger("agvm_ds")
+    own.handlers, own.propagate = logger.handlers, False
+    setup_multi_processes(cfg)
+    if comm.get_rank() == 0:
+        logger.info("Environment:\n%s", "\n".join(f"{key}: {value}" for key, value in collect_env().items()))
+    return logger  # type: ignore[no-any-return]
+
+
+def settle_seed(cfg: Config, asked: int | None, diff_seed: bool, deterministic: bool) -> int:
+    """Seed this rank as mmdet's tools do: one seed for all ranks unless ``diff_seed``, which adds the rank."""
+    device = get_accelerator().device_name()
+    seed = int(init_random_seed(asked if asked is not None else cfg.get("seed"), device))
+    set_random_seed(seed + comm.get_rank() if diff_seed else seed, deterministic=deterministic)
+    cfg.seed = seed  # the samplers' seed must be the same on all ranks
+    get_root_logger().info("seed %d%s", seed, ", plus the rank" if diff_seed else "")
+    return seed

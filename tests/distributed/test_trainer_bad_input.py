@@ -1,0 +1,117 @@
+"""What a user can give wrongly, to whole launches of two ranks: one message, and every rank ends by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agvm_ds.demo.data import ensure
+from tests.trainer import cfg_options, data_options, launch, write_config, write_json
+
+AGVM = {"precondition": "none"}
+EMA = 'custom_hooks = [dict(type="ExpMomentumEMAHook")]'
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A launch that must be refused, and what it says. In ``words`` and ``options`` {place} is the test's own folder."""
+
+    said: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    config: str = ""
+    prepare: Callable[[Path], Any] = lambda place: None
+    ranks: int = 2
+    script: str = "train.py"
+
+
+def in_the_way(place: Path) -> None:
+    (place / "work").write_text("a file")
+
+
+def other_category(place: Path) -> None:
+    notes = json.loads((place.parent / "digits/annotations/train.json").read_text())
+    notes["categories"].append({"id": 77, "name": "letter"})
+    notes["annotations"][3]["category_id"] = 77
+    (place / "odd.json").write_text(json.dumps(notes))
+
+
+def junk(place: Path) -> None:
+    (place / "junk.pth").write_bytes(b"no weights")
+
+
+def foreign(place: Path) -> None:
+    torch.save({"state_dict": {"encoder.weight": torch.zeros(2)}}, place / "foreign.pth")
+
+
+MISTAKES = {
+    "keys of agvm": Mistake("unknown key; did you mean interval?", {"agvm": {"intervall": 3, "eps": -1}}),
+    "anchor": Mistake("bakbone", {"agvm": {**AGVM, "anchor": "bakbone"}}),
+    "modules": Mistake("nek: covers no parameter", {"agvm": {**AGVM, "modules": ["backbone", "nek"]}}),
+    "n = 1": Mistake("n = 1 micro-batch", {"train_batch_size": 4, "agvm": AGVM}, ranks=1),
+    "batch": Mistake("18 does not divide", {"train_batch_size": 18}),
+    "few images": Mistake(
+        "the training set has 48 images, fewer than one global batch: batch 64 = 4 images a micro-batch x 8 accumulation",
+        {"train_batch_size": 64},
+    ),
+    "few images by iterations": Mistake(
+        "the training set has 48 images",
+        {"train_batch_size": 64},
+        config='runner = dict(type="IterBasedRunner", max_iters=2)',
+    ),
+    "fp16": Mistake('"fp16" needs a GPU', {"fp16": {"enabled": True}}),
+    "config": Mistake("config not found: faster_rcnn_r50_fpn_1x_coko", words=("faster_rcnn_r50_fpn_1x_coko",)),
+    "no optimizer": Mistake("names an optimizer", config="del optimizer"),
+    "data": Mistake("data.val.img_prefix: not found", options={"data.val.img_prefix": "no/val"}),
+    "category": Mistake(
+        "'letter', which is not in the classes",
+        options={"data.train.ann_file": "{place}/odd.json"},
+        prepare=other_category,
+    ),
+    "work dir": Mistake("cannot be written", prepare=in_the_way),
+    "resume": Mistake("nothing to resume", words=("--resume",)),
+    "options": Mistake("'foo' is not KEY=VALUE", last=("foo",)),
+    "flag": Mistake("unrecognized arguments: --reusme", words=("--reusme",)),
+    "load-from": Mistake("--load-from: not found: no.pth", words=("--load-from", "no.pth")),
+    "load_from": Mistake("load_from: not found: no.pth", config='load_from = "no.pth"'),
+    "junk weights": Mistake(
+        "junk.pth: cannot be loaded as a .pth", words=("--load-from", "{place}/junk.pth"), prepare=junk
+    ),
+    "foreign weights": Mistake(
+        "none of its weights has a place in the detector", options={"load_from": "{place}/foreign.pth"}, prepare=foreign
+    ),
+    "averages under ZeRO-3": Mistake("ZeRO-3 leaves no whole weights", {"zero_optimization": {"stage": 3}}, config=EMA),
+    "SyncBN": Mistake("SyncBN, which needs a GPU", config='norm_cfg.update(type="SyncBN"); norm_cfg.pop("num_groups")'),
+    "junk to test": Mistake(
+        "junk.pth: cannot be loaded as a .pth", words=("{place}/junk.pth",), prepare=junk, script="test.py"
+    ),
+    "nothing to test": Mistake("checkpoint not found: no.pth", words=("no.pth",), script="test.py"),
+    "options to test": Mistake("'foo' is not KEY=VALUE", words=("no.pth",), last=("foo",), script="test.py"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_once_and_ends_every_rank(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    mistake = MISTAKES[name]
+    digits = ensure(tmp_path_factory.getbasetemp() / "digits", train=48, val=8)
+    place = digits.parent / name.replace(" ", "_")
+    words = [] if name == "config" else [str(write_config(place, mistake.config))]
+    mistake.prepare(place)
+    if mistake.script == "train.py":
+        json_file = write_json(place, {"train_batch_size": 16, **mistake.settings})
+        words += ["--deepspeed_config", str(json_file), "--work-dir", str(place / "work")]
+    more = [*mistake.words, *cfg_options({**data_options(digits), **mistake.options}), *mistake.last]
+    words += [word.replace("{place}", str(place)) for word in more]
+    outcome = launch(mistake.script, words, place, mistake.ranks)
+    assert outcome.codes == [2] * mistake.ranks, outcome.output
+    assert outcome.output.count("error: ") == 1, outcome.output
+    assert mistake.said in outcome.output
+    assert "Traceback" not in outcome.output

@@ -1,0 +1,102 @@
+"""Loaders by updates: every attribute is mmdet's own loader's, and endless data are passed by unread."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from mmdet.core.hook import YOLOXModeSwitchHook
+from mmdet.datasets import build_dataloader
+from torch.utils.data import DataLoader
+
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.data import UpdateLoader, _validated_as_trained, check_size
+from agvm_ds.mmdet.plan import Batch
+
+
+class Numbers:
+    """As much of an mmdet data set as its samplers read: two groups of images."""
+
+    def __init__(self, length: int) -> None:
+        self.flag = np.arange(length) % 3 // 2
+        self.skipped: Any = None
+
+    def __len__(self) -> int:
+        return len(self.flag)
+
+    def __getitem__(self, index: int) -> int:
+        return int(index)
+
+    def update_skip_type_keys(self, keys: Any) -> None:
+        self.skipped = keys
+
+
+def test_micro_batches_come_in_lists_and_the_rest_is_left_out() -> None:
+    loader = UpdateLoader(DataLoader(list(range(14)), batch_size=2), 3)  # type: ignore[arg-type]
+    assert len(loader) == 2
+    assert [[batch.tolist() for batch in update] for update in loader] == [
+        [[0, 1], [2, 3], [4, 5]],
+        [[6, 7], [8, 9], [10, 11]],
+    ]
+
+
+def test_a_hook_that_resets_the_workers_reaches_the_loader() -> None:
+    """YOLOXModeSwitchHook writes _iterator and _DataLoader__initialized; on the wrapper they would change nothing."""
+    inner = DataLoader(Numbers(8), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    loader = UpdateLoader(inner, 2)
+    assert len(list(loader)) == 4
+    before = inner._iterator
+
+    class Runner:
+        epoch, max_epochs = 0, 2
+        data_loader = loader
+        model = type("Model", (), {"bbox_head": type("Head", (), {"use_l1": False})})
+        logger = type("Logger", (), {"info": lambda *_: None})()
+
+    YOLOXModeSwitchHook(num_last_epochs=1).before_train_epoch(Runner())
+    assert inner._iterator is None and inner.dataset.skipped is not None  # type: ignore[attr-defined]
+    assert len(list(loader)) == 4
+    assert inner._iterator is not before
+    assert set(vars(loader)) == {"loader", "accumulation"}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("updates", [1, 2, 7])
+def test_data_without_end_are_passed_by_unread(shuffle: bool, updates: int) -> None:
+    """Both of mmdet's endless samplers; the grouped one holds back a batch that it has given."""
+
+    def made() -> UpdateLoader:
+        inner = build_dataloader(
+            Numbers(12), 2, 0, dist=False, shuffle=shuffle, seed=5, runner_type="IterBasedRunner", pin_memory=False
+        )
+        return UpdateLoader(inner, 2)
+
+    whole = list(islice(iter(made()), updates + 3))
+    loader = made()
+    loader.pass_by(updates)
+    rest = list(islice(iter(loader), 3))
+    assert [[batch.tolist() for batch in update] for update in rest] == [
+        [batch.tolist() for batch in update] for update in whole[updates:]
+    ]
+
+
+def test_images_are_compared_with_the_global_batch() -> None:
+    batch = Batch(train=16, micro=4, accumulation=2, ranks=2)
+    check_size(16, batch)
+    with pytest.raises(
+        ConfigError, match=r"15 images, fewer than one global batch: batch 16 = 4 images .* x 2 .* x 2 ranks"
+    ):
+        check_size(15, batch)
+
+
+def test_a_val_phase_finds_the_training_pipeline_within_wrappers() -> None:
+    cfg = read_config(None)
+    pipeline = cfg.data.train.pipeline
+    cfg.data.train = [
+        {"type": "RepeatDataset", "times": 2, "dataset": {"type": "ConcatDataset", "datasets": [cfg.data.train]}}
+    ]
+    assert _validated_as_trained(cfg).pipeline == pipeline
+    assert cfg.data.val.pipeline != pipeline

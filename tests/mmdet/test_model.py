@@ -1,0 +1,35 @@
+"""What hooks read of an update that is made of several micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mmdet.core.hook import CheckInvalidLossHook
+
+from agvm_ds.mmdet.model import _merge
+
+
+def output(loss: float, samples: int, **log_vars: float) -> dict[str, Any]:
+    return {"loss": torch.tensor(loss), "log_vars": {"loss": loss, **log_vars}, "num_samples": samples}
+
+
+def test_losses_are_means_over_the_micro_batches_that_have_them() -> None:
+    merged = _merge([output(1.0, 4, acc=3.0), output(3.0, 2)])
+    assert merged["log_vars"] == {"loss": 2.0, "acc": 3.0}
+    assert (float(merged["loss"]), merged["num_samples"]) == (2.0, 6)
+
+
+def test_the_hook_that_checks_losses_finds_one() -> None:
+    """Once a KeyError."""
+
+    class Runner:
+        iter = 0
+        logger = type("Logger", (), {"info": lambda *_: None})()
+        outputs = _merge([output(1.0, 4), output(2.0, 4)])
+
+    CheckInvalidLossHook(1).after_train_iter(Runner())
+    Runner.outputs = _merge([output(1.0, 4), output(float("nan"), 4)])
+    with pytest.raises(AssertionError):
+        CheckInvalidLossHook(1).after_train_iter(Runner())
