@@ -165,6 +165,11 @@ def _settle_schedule(plan: Plan, cfg: Config) -> None:
 def _refuse_precision(plan: Plan, cfg: Config) -> None:
     if plan.half == "fp16" and get_accelerator().device_name() == "cpu":
         raise ConfigError('"fp16" needs a GPU; on a CPU use "bf16": {"enabled": true}, or neither for fp32')
+    if plan.half and (plan.deepspeed.get("zero_optimization") or {}).get("round_robin_gradients"):
+        raise ConfigError(
+            f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds other parameters' fp32 weights, which "
+            "are published and evaluated here: leave it out"
+        )
     if cfg.get("fp16"):
         plan.notes.append("the config's fp16 is set aside: precision comes from the DeepSpeed JSON")
 

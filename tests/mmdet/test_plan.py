@@ -45,6 +45,14 @@ def test_what_a_config_says_of_precision_and_steps_is_set_aside() -> None:
     assert any("fp16 is set aside" in note for note in plan.notes)
 
 
+def test_fp32_weights_that_deepspeed_cannot_find_are_not_published() -> None:
+    """With round_robin_gradients, ``safe_get_full_fp32_param`` of DeepSpeed 0.19.8 returns others' elements (off by 0.69)."""
+    zero = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    planned(zero, {})
+    with pytest.raises(ConfigError, match="round_robin_gradients with bf16"):
+        planned(zero | {"bf16": {"enabled": True}}, {})
+
+
 def test_clipping_by_another_norm_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"norm_type = 1: DeepSpeed clips by the 2-norm"):
         planned({}, {"optimizer_config.grad_clip": {"max_norm": 1.0, "norm_type": 1}})
