@@ -167,8 +167,8 @@ def _refuse_precision(plan: Plan, cfg: Config) -> None:
         raise ConfigError('"fp16" needs a GPU; on a CPU use "bf16": {"enabled": true}, or neither for fp32')
     if plan.half and (plan.deepspeed.get("zero_optimization") or {}).get("round_robin_gradients"):
         raise ConfigError(
-            f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds other parameters' fp32 weights, which "
-            "are published and evaluated here: leave it out"
+            f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds fp32 weights of other parameters, "
+            "and those are published and evaluated here: leave it out"
         )
     if cfg.get("fp16"):
         plan.notes.append("the config's fp16 is set aside: precision comes from the DeepSpeed JSON")
