@@ -167,7 +167,7 @@ def _refuse_precision(plan: Plan, cfg: Config) -> None:
         raise ConfigError('"fp16" needs a GPU; on a CPU use "bf16": {"enabled": true}, or neither for fp32')
     if plan.half and (plan.deepspeed.get("zero_optimization") or {}).get("round_robin_gradients"):
         raise ConfigError(
-            f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds fp32 weights of other parameters, "
+            f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds others' fp32 weights, "
             "and those are published and evaluated here: leave it out"
         )
     if cfg.get("fp16"):
