@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.launch import CONTEXT, free_port
+from tests.launch import CONTEXT, launch_port
 
 ROOT = Path(__file__).parents[1]
 DEMO_CONFIG = ROOT / "agvm_ds/demo/faster_rcnn_digits.py"
@@ -38,11 +38,19 @@ def launch(script: str, arguments: Sequence[str], place: Path, ranks: int = 2, t
     place.mkdir(parents=True, exist_ok=True)
     output = place / f"output_{len(list(place.glob('output_*')))}.txt"
     output.touch()
-    port = free_port()
-    processes = [
-        CONTEXT.Process(target=_rank, args=(script, list(arguments), rank, ranks, port, str(output)))
-        for rank in range(ranks)
-    ]
+    with launch_port() as port:
+        processes = [
+            CONTEXT.Process(target=_rank, args=(script, list(arguments), rank, ranks, port, str(output)))
+            for rank in range(ranks)
+        ]
+        hung = _hung(processes, timeout)
+    text = output.read_text()
+    assert not hung, f"ranks {hung} did not end in {timeout} s:\n{text}"
+    return Outcome([process.exitcode or 0 for process in processes], text)
+
+
+def _hung(processes: list[Any], timeout: float) -> list[int]:
+    """Start the ranks; those that did not end in time, which are killed."""
     for process in processes:
         process.start()
     end = time.monotonic() + timeout
@@ -52,9 +60,7 @@ def launch(script: str, arguments: Sequence[str], place: Path, ranks: int = 2, t
     for process in processes:
         process.kill()
         process.join()
-    text = output.read_text()
-    assert not hung, f"ranks {hung} did not end in {timeout} s:\n{text}"
-    return Outcome([process.exitcode or 0 for process in processes], text)
+    return hung
 
 
 def _rank(script: str, arguments: list[str], rank: int, ranks: int, port: int, output: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
-from tests.launch import free_port
+from tests.launch import launch_port
 from tests.trainer import ROOT, cfg_options, data_options, launch, write_config, write_json
 
 OPTIONS = {
@@ -45,15 +45,16 @@ def words(json_file: Path, work_dir: Path, digits: Path, *more: str) -> list[str
 
 def with_launcher(script: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """What ``deepspeed --num_gpus 2 script`` printed and how it ended."""
-    return subprocess.run(
-        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(script), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
+    with launch_port() as port:
+        return subprocess.run(
+            ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(script), *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+        )
 
 
 @pytest.fixture(scope="module", params=[2, 3])
