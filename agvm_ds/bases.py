@@ -112,7 +112,7 @@ def _adam(name: str, params: dict[str, Any], offload: bool) -> Built:
         )
     if get_accelerator().device_name() == "cpu" and params.get("bias_correction", True):
         params.pop("bias_correction", None)
-        return plain, {}
+        return plain, {"weight_decay": params.get("weight_decay", 0.0)}  # torch's AdamW has a default of its own
     return FusedAdam, {"adam_w_mode": decoupled}
 
 

@@ -48,8 +48,9 @@ def test_a_base_is_named_as_deepspeed_names_it(
 @pytest.mark.parametrize(
     ("device", "params", "base", "options"),
     [
-        ("cpu", {"lr": 0.1}, ADAMW, {"lr": 0.1}),
-        ("cpu", {"adam_w_mode": False, "bias_correction": True}, ADAM, {}),
+        ("cpu", {"lr": 0.1}, ADAMW, {"lr": 0.1, "weight_decay": 0.0}),
+        ("cpu", {"weight_decay": 0.3}, ADAMW, {"weight_decay": 0.3}),
+        ("cpu", {"adam_w_mode": False, "bias_correction": True}, ADAM, {"weight_decay": 0.0}),
         ("cpu", {"bias_correction": False}, FusedAdam, {"bias_correction": False, "adam_w_mode": True}),
         ("cuda", {"lr": 0.1}, FusedAdam, {"lr": 0.1, "adam_w_mode": True}),
         ("cuda", {"adam_w_mode": False}, FusedAdam, {"adam_w_mode": False}),
