@@ -35,7 +35,8 @@ class OwnerReduction:
     for the whole model it is reduced once an update, with several once a micro-batch.
 
     Memory, from the first gradient to ``stop``: one bucket and one gradient shard in fp32, and one bucket more for each that
-    is begun before its turn, which a backward in reverse order of definition does not do.
+    is begun before its turn. A backward in reverse order of definition begins none; a parameter without gradient holds up the
+    buckets behind its own until the backward ends.
     """
 
     def __init__(self, shards: Shards, bucket_size: int) -> None:
