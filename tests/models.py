@@ -65,6 +65,18 @@ class Sometimes(Toy):
         return loss + (self.aux_head(self.backbone(self.frozen(x.to(loss.dtype)))) ** 2).mean()
 
 
+class Early(Toy):
+    """The auxiliary head is used while ``early`` is true."""
+
+    early = True
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(x, y)
+        if not self.early:
+            return loss
+        return loss + (self.aux_head(torch.tanh(self.neck(self.backbone(self.frozen(x))))) ** 2).mean()
+
+
 class Zero(Toy):
     """The auxiliary head's gradient is there and exactly zero, as a mask head's without a positive box."""
 

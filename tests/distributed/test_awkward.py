@@ -13,7 +13,7 @@ import torch
 
 from tests.engines import AGVM_BLOCK, backward, ds_config, started, update
 from tests.launch import run_ranks
-from tests.models import UsedTwice
+from tests.models import Early, UsedTwice
 from tests.toy import WIDTH, Toy
 
 STAGES = (0, 1, 2, 3)
@@ -39,18 +39,6 @@ def heard() -> Iterator[list[str]]:
         yield messages
     finally:
         logging.getLogger("agvm_ds").removeHandler(handler)
-
-
-class Early(Toy):
-    """The auxiliary head is used while ``early`` is true."""
-
-    early = True
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        loss = super().forward(x, y)
-        if not self.early:
-            return loss
-        return loss + (self.aux_head(torch.tanh(self.neck(self.backbone(self.frozen(x))))) ** 2).mean()
 
 
 def no_longer_used(run: Run) -> Any:

@@ -1,0 +1,107 @@
+"""What docs/options.md says of DeepSpeed itself, without AGVM: a test that fails when a release mends it.
+
+Then the note, and what is done about it here (a refusal, a message), can go.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+from tests.engines import ds_config, parameters, update
+from tests.launch import RankFailure, run_ranks
+from tests.models import Early, Sometimes
+from tests.toy import Toy
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def plain(model: Toy, stage: int, **zero: Any) -> Any:
+    """An engine without AGVM: SGD without momentum or decay."""
+    config = ds_config(stage, 2, agvm=None, zero_allow_untested_optimizer=True)
+    config["optimizer"]["params"] = {"lr": 0.05}
+    config["zero_optimization"] |= zero
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
+
+
+def moved(stage: int, **zero: Any) -> float:
+    """How far a module goes in an update in which it has no gradient, after one in which it had."""
+    engine = plain(Early(), stage, **zero)
+    update(engine, 0)
+    engine.module.early = False
+    before = parameters(engine)["aux_head.weight"]
+    update(engine, 1)
+    distance = float((parameters(engine)["aux_head.weight"] - before).abs().max())
+    engine.destroy()
+    return distance
+
+
+def looked_up(round_robin: bool) -> float:
+    """How far what DeepSpeed finds as a parameter's fp32 value is from the parameter."""
+    engine = plain(Toy(), 2, round_robin_gradients=round_robin)
+    found = {
+        name: deepspeed.utils.safe_get_full_fp32_param(p)
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+    far = max(float((found[name] - p).abs().max()) for name, p in engine.module.named_parameters() if name in found)
+    engine.destroy()
+    return far
+
+
+def grown(window: int) -> float:
+    """How far a parameter goes in three updates with a loss scale that doubles every ``window`` updates."""
+    engine = plain(Toy(), 2)
+    engine.optimizer.loss_scaler = DynamicLossScaler(2.0**12, window, 1.0, 1, False)
+    for t in range(3):
+        update(engine, t)
+    distance = float((parameters(engine)["temperature"] - 1).abs().max())
+    engine.destroy()
+    return distance
+
+
+def everything() -> dict[str, Any]:
+    """In a rank: the figures of all notes."""
+    return {
+        "no gradient": {(stage, bool(zero)): moved(stage, **zero) for stage in (1, 2, 3) for zero in ({}, OFFLOAD)},
+        "looked up": (looked_up(False), looked_up(True)),
+        "grown": (grown(1000), grown(1)),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    result: dict[str, Any] = run_ranks(everything, 2, tmp_path_factory.mktemp("deepspeed"))[0]
+    return result
+
+
+def test_stage_3_and_offload_step_a_gradient_that_is_not_there(found: dict[str, Any]) -> None:
+    steps = {key for key, distance in found["no gradient"].items() if distance > 0}
+    assert steps == {(1, True), (2, True), (3, False), (3, True)}
+
+
+def test_round_robin_gradients_finds_others_elements(found: dict[str, Any]) -> None:
+    right, wrong = found["looked up"]
+    assert right == 0
+    assert wrong > 0.1
+
+
+def test_a_growing_loss_scale_makes_its_update_smaller(found: dict[str, Any]) -> None:
+    steady, growing = found["grown"]
+    assert growing < 0.8 * steady
+
+
+def some_ranks_only() -> None:
+    engine = plain(Sometimes(), 2)
+    for t in range(6):
+        update(engine, t)
+
+
+def test_stage_2_does_not_survive_a_gradient_on_some_ranks_only(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure):
+        run_ranks(some_ranks_only, 2, tmp_path, timeout=60)
