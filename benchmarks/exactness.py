@@ -1,7 +1,7 @@
 """Prints the table of options: the worst difference from the dense reference, or the refusal.
 
-    python -m benchmarks.exactness               as in docs/options.md: 4 minutes on two cores
-    python -m benchmarks.exactness --all-ways    each row with every estimator, preconditioning and bucket size: 8 minutes
+    python -m benchmarks.exactness               as in docs/options.md: 3 minutes on two cores
+    python -m benchmarks.exactness --all-ways    each row with every estimator, preconditioning and bucket size: 6 minutes
     python -m benchmarks.exactness --write       the table into docs/options.md
 
 Two ranks, two accumulation steps, six updates of a toy detector; needs no GPU. Differences are absolute, the largest over
