@@ -6,7 +6,7 @@ follow the learning rate, which is what AGVM modulates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from agvm_ds.config import ConfigError
 
 ADAMS: tuple[type[Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
-"""Whose variance is that of the preconditioned gradient (DESIGN: g / (sqrt(v) + eps))."""
+"""Whose variance is that of the preconditioned gradient, g / (sqrt(v) + eps)."""
 
 _TORCH = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
@@ -81,9 +81,12 @@ def base_from_json(config: Mapping[str, Any]) -> tuple[type[Optimizer], dict[str
     if name.lower() in refused:
         key = refused[name.lower()]
         raise ConfigError(f"optimizer.type = {name!r}: not supported with AGVM: {REFUSED[key]}")
-    if name.lower() in _BUILDERS:
-        base, more = _BUILDERS[name.lower()](name.lower(), params, offloads(config))
+    offload = offloads(config)
+    if name.lower() in ("adam", "adamw"):
+        base, more = _adam(name.lower(), params, offload)
         return base, {**params, **more}
+    if name.lower() in _DEEPSPEED:
+        return _DEEPSPEED[name.lower()][offload], params
     known = {key.lower(): key for key in _TORCH}
     if name.lower() not in known:
         names = sorted({*_TORCH, "Lamb", "Lion"})
@@ -97,10 +100,16 @@ def offloads(config: Mapping[str, Any]) -> bool:
     return ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none"
 
 
-Built = tuple[type[Optimizer], dict[str, Any]]
+_DEEPSPEED: dict[str, tuple[type[Optimizer], type[Optimizer]]] = {
+    "adagrad": (torch.optim.Adagrad, DeepSpeedCPUAdagrad),
+    "lion": (FusedLion, DeepSpeedCPULion),
+    "lamb": (FusedLamb, FusedLamb),
+}
+"""Name -> what DeepSpeed builds of it, without ZeRO-Offload and with it."""
 
 
-def _adam(name: str, params: dict[str, Any], offload: bool) -> Built:
+def _adam(name: str, params: dict[str, Any], offload: bool) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The Adam of a name, and arguments to add to ``params``, out of which the keys that only choose are taken."""
     decoupled = bool(params.pop("adam_w_mode", True)) or name == "adamw"
     plain = torch.optim.AdamW if decoupled else torch.optim.Adam
     states = params.pop("fp32_optimizer_states", None)
@@ -114,24 +123,3 @@ def _adam(name: str, params: dict[str, Any], offload: bool) -> Built:
         params.pop("bias_correction", None)
         return plain, {"weight_decay": params.get("weight_decay", 0.0)}  # torch's AdamW has a default of its own
     return FusedAdam, {"adam_w_mode": decoupled}
-
-
-def _adagrad(name: str, params: dict[str, Any], offload: bool) -> Built:
-    return (DeepSpeedCPUAdagrad if offload else torch.optim.Adagrad), {}
-
-
-def _lion(name: str, params: dict[str, Any], offload: bool) -> Built:
-    return (DeepSpeedCPULion if offload else FusedLion), {}
-
-
-def _lamb(name: str, params: dict[str, Any], offload: bool) -> Built:
-    return FusedLamb, {}
-
-
-_BUILDERS: dict[str, Callable[[str, dict[str, Any], bool], Built]] = {
-    "adam": _adam,
-    "adamw": _adam,
-    "adagrad": _adagrad,
-    "lion": _lion,
-    "lamb": _lamb,
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +138,19 @@ def train(engine: Any, updates: Iterable[int]) -> list[Record]:
         update(engine, t)
         records.append(record(engine))
     return records
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What is logged of AGVM."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("agvm_ds").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("agvm_ds").removeHandler(handler)
 
 
 def identical(one: Any, other: Any) -> bool:

@@ -23,7 +23,7 @@ from tests.comparison import FIGURE_BF16, FIGURE_BF16_ADAM, Expected, Worst, com
 from tests.engines import OPTIONS, ROWS, Record, ds_config, identical, record, started, update
 from tests.launch import run_ranks
 from tests.reference import AdamWithoutBiasCorrection, Lion, Reference
-from tests.toy import Toy
+from tests.toy import Toy, rounded
 
 RANKS, ACCUMULATION, UPDATES = 2, 2, 6
 ANY, ZERO, FLAT = (0, 1, 2, 3), (1, 2, 3), (1, 2)
@@ -261,13 +261,6 @@ def configuration(option: Option, stage: int, way: Way) -> dict[str, Any]:
 def base_options(option: Option, way: Way) -> dict[str, Any]:
     """The base's arguments; no weight decay in bf16, see test_reference.test_bf16_agrees_as_far_as_bf16_goes."""
     return {**BASES[way.base].params, **({"weight_decay": 0.0} if option.bf16 else {})}
-
-
-def rounded(model: Toy) -> Toy:
-    """The model with weights that bf16 can hold, so that a bf16 run starts where its reference does."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
-    return model
 
 
 def model_of(option: Option, config: Mapping[str, Any] | None = None) -> Toy:

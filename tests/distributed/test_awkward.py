@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engines import AGVM_BLOCK, backward, ds_config, started, update
+from tests.engines import AGVM_BLOCK, backward, ds_config, heard, started, update
 from tests.launch import run_ranks
 from tests.models import Early, UsedTwice
 from tests.toy import WIDTH, Toy
@@ -26,19 +23,6 @@ EVERY = AGVM_BLOCK | {"interval": 1, "start_step": 0, "precondition": "auto"}
 def config(run: Run, accumulation: int = 2, **block: Any) -> dict[str, Any]:
     stage, base, estimator = run
     return ds_config(stage, accumulation, base, EVERY | {"estimator": estimator} | block)
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """What is logged of AGVM."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("agvm_ds").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("agvm_ds").removeHandler(handler)
 
 
 def no_longer_used(run: Run) -> Any:

@@ -19,7 +19,7 @@ from tests.comparison import FIGURE, FIGURE_BF16, Expected, Worst, compare, expe
 from tests.engines import OPTIONS, ROWS, Record, ds_config, identical, started, train
 from tests.launch import run_ranks
 from tests.reference import Reference
-from tests.toy import Toy
+from tests.toy import Toy, rounded
 
 UPDATES = 8
 GRIDS = [(1, 4), (2, 1), (2, 2), (3, 1), (4, 1), (2, 3)]
@@ -117,13 +117,6 @@ def train_cases(cases: list[Case]) -> list[list[Record]]:
         with started(case.config(), rounded(Toy()) if case.bf16 else Toy()) as engine:
             runs.append(train(engine, range(UPDATES)))
     return runs
-
-
-def rounded(model: Toy) -> Toy:
-    """The model with weights that bf16 can hold, so that a bf16 run starts where its reference does."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
-    return model
 
 
 @pytest.fixture(scope="module")

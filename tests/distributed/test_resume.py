@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,19 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from agvm_ds import AGVM, param_groups
-from tests.engines import AGVM_BLOCK, OPTIONS, Record, ds_config, identical, parameters, record, started, train, update
+from tests.engines import (
+    AGVM_BLOCK,
+    OPTIONS,
+    Record,
+    ds_config,
+    heard,
+    identical,
+    parameters,
+    record,
+    started,
+    train,
+    update,
+)
 from tests.launch import run_ranks
 from tests.toy import Toy
 
@@ -134,19 +145,13 @@ def weights_alone(place: Path, stage: int) -> dict[str, Any]:
 
 def without_state(place: Path, stage: int) -> tuple[int, dict[str, float], list[str], int]:
     """Load a checkpoint of a run without AGVM, and go on until the first measure."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("agvm_ds").addHandler(handler)
-    try:
-        with started(ds_config(stage, ACCUMULATION, agvm=AGVM_BLOCK | {"interval": 3}), Toy(seed=1)) as engine:
-            engine.load_checkpoint(place / f"plain {stage}")
-            loaded = engine.agvm.steps, dict(engine.agvm.scale_factors), list(messages)
-            for t in range(SAVED, 7):
-                update(engine, t)
-            return *loaded, engine.agvm.measured
-    finally:
-        logging.getLogger("agvm_ds").removeHandler(handler)
+    config = ds_config(stage, ACCUMULATION, agvm=AGVM_BLOCK | {"interval": 3})
+    with heard() as messages, started(config, Toy(seed=1)) as engine:
+        engine.load_checkpoint(place / f"plain {stage}")
+        loaded = engine.agvm.steps, dict(engine.agvm.scale_factors), list(messages)
+        for t in range(SAVED, 7):
+            update(engine, t)
+        return *loaded, engine.agvm.measured
 
 
 def refusal(stage: int, checkpoint: Path, modules: Any) -> str:
