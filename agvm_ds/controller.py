@@ -166,9 +166,11 @@ class Controller:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: the statistics, the counters, and what each parameter group was."""
+        """Plain numbers and strings: the statistics, the counters, and what each module and parameter group was."""
         return {
             "version": STATE_VERSION,
+            "estimator": self.config.estimator,
+            "anchor": self.anchor,
             "scale_factors": dict(self.scale_factors),
             "variances": dict(self.variances),
             "noise_scales": dict(self.noise_scales),
@@ -177,22 +179,44 @@ class Controller:
             "groups": [_settings(group) for group in self.optimizer.param_groups],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; raises ConfigError when it belongs to other modules or parameter groups."""
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> list[str]:
+        """Take over a state, and return in words what of it could not be kept.
+
+        strict: raise ConfigError when it belongs to other modules or parameter groups. Otherwise a module of the same name
+        keeps its numbers, any other starts with a scale factor of 1, and the groups' settings stay as they are.
+        """
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"AGVM state of version {state.get('version')}; this release reads {STATE_VERSION}")
         saved = [group[NAME] for group in state["groups"]]
-        if saved != self.groups or list(state["scale_factors"]) != self.modules:
+        same = saved == self.groups and list(state["scale_factors"]) == self.modules
+        if strict and not same:
             raise ConfigError(
                 f"the checkpoint's AGVM groups are {saved}, this run's are {self.groups}: they must agree"
             )
-        for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
-            group.update(settings)
-        self.scale_factors = dict(state["scale_factors"])
-        self.variances = dict(state["variances"])
-        self.noise_scales = dict(state["noise_scales"])
+        if same:
+            for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
+                group.update(settings)
+        known = [name for name in self.modules if name in state["scale_factors"]]
+        for mine, theirs in (
+            (self.scale_factors, state["scale_factors"]),
+            (self.variances, state["variances"]),
+            (self.noise_scales, state["noise_scales"]),
+        ):
+            mine.update({name: theirs[name] for name in known})
         self.measured = int(state["measured"])
         self.resume_at(int(state["steps"]))
+        return self._not_kept(state, known)
+
+    def _not_kept(self, state: Mapping[str, Any], known: list[str]) -> list[str]:
+        words = []
+        if new := [name for name in self.modules if name not in known]:
+            words.append(f"modules that the checkpoint does not have start with a scale factor of 1: {', '.join(new)}")
+        if gone := [name for name in state["scale_factors"] if name not in known]:
+            words.append(f"modules of the checkpoint that this run does not have are left out: {', '.join(gone)}")
+        for key, here in (("estimator", self.config.estimator), ("anchor", self.anchor)):
+            if state.get(key, here) != here:
+                words.append(f"scale factors so far come from {key} {state[key]}; from here on {here}")
+        return words
 
     def resume_at(self, t: int) -> None:
         """The next update is t, whatever was loaded."""
