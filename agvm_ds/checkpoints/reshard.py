@@ -1,8 +1,8 @@
 """A checkpoint of another layout put into an engine: other ranks, ZeRO stage, precision, modules or optimizer.
 
 What DeepSpeed would have written of this run at that moment is made on each rank, from the whole parameters, and handed to
-DeepSpeed's ordinary loading. (Its universal checkpoints know neither stage 0 nor optimizers without ``exp_avg``, and give every
-parameter group the settings of the first.)
+DeepSpeed's ordinary loading. (Its universal checkpoints know neither stage 0 nor optimizers without ``exp_avg``, and in
+stage 3 give every parameter group the settings of the first.)
 """
 
 from __future__ import annotations

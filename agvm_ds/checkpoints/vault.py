@@ -143,8 +143,8 @@ class Vault:
 
     def remove(self, tags: Iterable[str]) -> None:
         """Remove checkpoints."""
-        for tag in tags:
-            self._once_a_folder(lambda tag=tag: shutil.rmtree(self.folder / tag, ignore_errors=True))
+        folders = [self.folder / tag for tag in tags]
+        self._once_a_folder(lambda: _remove(folders))
 
     def set_aside(self) -> Path | None:
         """Give the folder of an earlier run another name, so that nothing in it is lost; where it is now."""
@@ -156,10 +156,9 @@ class Vault:
 
     def _remove_drafts(self) -> None:
         """What killed runs left unfinished."""
-        for draft in self.folder.glob(".*.draft"):
-            shutil.rmtree(draft, ignore_errors=True)
+        _remove(self.folder.glob(".*.draft"))
 
-    def _once_a_folder(self, action: Callable[[], None]) -> None:
+    def _once_a_folder(self, action: Callable[[], Any]) -> None:
         """Let one rank do it, or one rank a host where each has a folder of its own; the others wait."""
         if self._acts:
             try:
@@ -226,6 +225,11 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(draft, path)
     _sync(path.parent)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rename(draft: Path, final: Path) -> None:

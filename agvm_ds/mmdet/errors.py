@@ -20,6 +20,7 @@ import psutil  # type: ignore[import-untyped]
 from torch.distributed import DistError, TCPStore
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.signals import EXIT_RANK_DIED, RankDied
 
 EXIT_BAD_INPUT = 2
 PATIENCE = 15.0
@@ -33,12 +34,23 @@ class HostError(ConfigError):
 
 
 def main_of_rank(main: Callable[[], None]) -> None:
-    """Run ``main``; a ConfigError is told once for the launch (a HostError once a host), and every rank exits with 2."""
+    """Run ``main``; a ConfigError is told once for the launch (a HostError once a host), and every rank exits with 2.
+
+    When a rank dies, the others of its host name it once, and exit with 1.
+    """
     try:
         main()
     except ConfigError as error:
         tell_once(f"error: {error}", every_host=isinstance(error, HostError))
         sys.exit(EXIT_BAD_INPUT)
+    except RankDied as error:
+        tell_dead(error)
+        sys.exit(EXIT_RANK_DIED)
+
+
+def tell_dead(error: RankDied) -> None:
+    """Say which ranks of this host have died, in one of the ranks that are left."""
+    tell_once(f"error: {error}", every_host=True)
 
 
 def tell_once(message: str, every_host: bool, patience: float = PATIENCE) -> None:

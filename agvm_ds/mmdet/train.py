@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,15 @@ from mmdet.utils import get_root_logger
 from torch import nn
 
 import agvm_ds
+from agvm_ds.checkpoints import Placed
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import load_config
 from agvm_ds.mmdet import data, optimizer, session
+from agvm_ds.mmdet import runner as runners
+from agvm_ds.mmdet.checkpointing import Saving, refuse_nothing_to_resume
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
 from agvm_ds.mmdet.ema import engine_hooks
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.errors import HostError, tell_dead
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
 from agvm_ds.mmdet.limits import refuse_unsupported
@@ -35,7 +37,7 @@ from agvm_ds.mmdet.model import EngineModel
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
-from agvm_ds.mmdet.runner import refuse_nothing_to_resume
+from agvm_ds.mmdet.signals import Watch, shield_workers
 from agvm_ds.mmdet.summary import summarize
 from agvm_ds.mmdet.weights import keep_unrounded, load_weights
 from agvm_ds.monitor import FILE_NAME, JsonLines
@@ -49,6 +51,8 @@ class TrainOptions:
     config: str | None = None
     work_dir: str | None = None
     resume: bool = False
+    allow_older: bool = False
+    keep: int | None = None
     load_from: str | None = None
     seed: int | None = None
     diff_seed: bool = False
@@ -64,20 +68,30 @@ def train(options: TrainOptions) -> None:
     started = time.perf_counter()
     plan, cfg, work_dir = prepare(options)
     session.init_distributed()
+    watch = Watch(tell_dead)
+    with watch.naming_the_dead(), session.alone_in(work_dir):
+        run(options, plan, cfg, work_dir, watch, started)
+
+
+def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: Watch, started: float) -> None:
+    """A run whose ranks have met."""
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
     data.check_files(cfg, splits_read(options, cfg))
     logger = session.open_log(cfg, work_dir)
     seed = session.settle_seed(cfg, options.seed, options.diff_seed, options.deterministic)
     loaders = data.phase_loaders(cfg, plan.batch, options.allow_other_categories)
+    for phase_loader in loaders:
+        shield_workers(phase_loader)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
     detector = make_detector(cfg, plan, loader.dataset.CLASSES)
-    unrounded = keep_unrounded(detector) if plan.half else {}
     setup = optimizer.build(detector, cfg, plan)
+    unrounded = keep_unrounded(detector) if plan.half else {}
+    saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
-    runner = make_runner(options, cfg, plan, engine, seed, unrounded)
+    runner = make_runner(options, cfg, plan, engine, seed, saving, watch)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
@@ -85,7 +99,7 @@ def train(options: TrainOptions) -> None:
     runner.register_hook(clock, priority="VERY_HIGH")
     write_effective_configs(cfg, plan, engine, work_dir)
     if options.resume:
-        runner.resume_state(loader)
+        runner.resume_state(loader, options.allow_older)
     if engine.agvm is not None and engine.global_rank == 0:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     for note in plan.notes:
@@ -106,11 +120,19 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     cfg.work_dir, work_dir = str(named), Path(named)
     if options.resume:
         refuse_nothing_to_resume(work_dir)
+    if options.keep is not None:
+        cfg.checkpoint_config = {**(cfg.get("checkpoint_config") or {}), "max_keep_ckpts": options.keep}
     cfg.load_from = options.load_from or cfg.get("load_from")
     if cfg.load_from and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
         raise HostError(f"{'--load-from' if options.load_from else 'load_from'}: not found: {cfg.load_from}")
     session.make_work_dir(work_dir)
     return plan, cfg, work_dir
+
+
+def kept(cfg: Config) -> int | None:
+    """How many checkpoints stay; None: all."""
+    most = (cfg.get("checkpoint_config") or {}).get("max_keep_ckpts", -1)
+    return int(most) if most > 0 else None
 
 
 def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
@@ -139,7 +161,7 @@ def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
 
 
 def make_runner(
-    options: TrainOptions, cfg: Config, plan: Plan, engine: Any, seed: int, unrounded: Mapping[str, Any]
+    options: TrainOptions, cfg: Config, plan: Plan, engine: Any, seed: int, saving: Saving, watch: Watch
 ) -> Any:
     """mmcv's runner with the config's hooks; the engine takes the place of the optimizer hook."""
     kind = cfg.runner.type
@@ -152,7 +174,7 @@ def make_runner(
         "mmdet_version": mmdet_version,
     }
     runner = build_runner(
-        {**cfg.runner, "type": kind.replace("Runner", "EngineRunner")},
+        {**cfg.runner, "type": runners.ENGINE_RUNNERS[kind].__name__},
         default_args={
             "model": EngineModel(engine),
             "optimizer": engine.basic_optimizer,
@@ -160,7 +182,8 @@ def make_runner(
             "logger": get_root_logger(),
             "meta": meta,
             "batch": plan.batch,
-            "unrounded": unrounded,
+            "saving": saving,
+            "watch": watch,
         },
     )
     runner.timestamp = cfg.timestamp
@@ -186,6 +209,7 @@ def add_evaluation(options: TrainOptions, cfg: Config, runner: Any) -> EngineEva
     settings = {**cfg.get("evaluation", {}), "by_epoch": cfg.runner.type != "IterBasedRunner"}
     detector = plain_detector(cfg, runner.engine.device)
     loader = data.test_loader(cfg, "val", options.allow_other_categories)
+    shield_workers(loader)
     hook = EngineEvalHook(loader, **settings, detector=detector, engine=runner.engine)
     runner.register_hook(hook, priority="LOW")
     return hook
