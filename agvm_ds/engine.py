@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import hjson
+import torch
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch import nn
 from torch.optim import Optimizer
@@ -234,11 +235,20 @@ def _join_checkpoints(engine: Any, controller: Controller) -> None:
             raise ConfigError(f"{error}\n  {_GROUPS_DIFFER.format(controller.groups)}") from error
         if path is not None:
             if whole:
+                _part_counts(engine.basic_optimizer)
                 _restore(engine, controller, client_state or {})
             controller.resume_at(int(engine.global_steps))
         return path, client_state
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _part_counts(optimizer: AGVM) -> None:
+    """Stage 3's universal load gives all buffers one step count, the same tensor, which torch counts up once a buffer."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 0:
+                state[key] = value.clone()
 
 
 def _restore(engine: Any, controller: Controller, client_state: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--keep", type=positive, metavar="N", help="checkpoints that stay (default: the config's max_keep_ckpts)")
     add("--load-from", metavar="X.pth", help="weights to start from: a file or a URL (default: the config's load_from)")
+    add("--trust-checkpoint", action="store_true", help="read a .pth that holds more than data; it can run code")
     add("--seed", type=int, help="default: the config's, or a random one")
     add("--diff-seed", action="store_true", help="add the rank to the seed")
     add("--deterministic", action="store_true", help="deterministic cuDNN")
@@ -60,6 +61,7 @@ def main() -> None:
             allow_older=args.allow_older,
             keep=args.keep,
             load_from=args.load_from,
+            trust_checkpoint=args.trust_checkpoint,
             seed=args.seed,
             diff_seed=args.diff_seed,
             deterministic=args.deterministic,

@@ -14,7 +14,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed 0.19 puts into its checkpoints beside tensors and Python's plain types."""
 
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_ONLY, _ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
@@ -23,13 +23,23 @@ def weights_only() -> Iterator[None]:
 
     A file that holds more raises ``pickle.UnpicklingError``, which names the class.
     """
-    before = os.environ.get(_FORCE)
-    os.environ[_FORCE] = "1"
+    with _environment(_ONLY, _ANYTHING), torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+        yield
+
+
+@contextmanager
+def any_pickle() -> Iterator[None]:
+    """``torch.load`` within reads whatever a file holds, which may be code: for files that the user has said to trust."""
+    with _environment(_ANYTHING, _ONLY):
+        yield
+
+
+@contextmanager
+def _environment(on: str, off: str) -> Iterator[None]:
+    before = {name: os.environ.pop(name, None) for name in (on, off)}
+    os.environ[on] = "1"
     try:
-        with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
-            yield
+        yield
     finally:
-        if before is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = before
+        del os.environ[on]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

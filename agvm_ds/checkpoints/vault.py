@@ -33,6 +33,10 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be written or read: the message says which, what is wrong, and what is left."""
 
 
+class NotWrittenError(CheckpointError):
+    """A checkpoint could not be written: the disk, its rights, or another rank's death."""
+
+
 class File(BaseModel):
     """One file of a checkpoint, by the rank that wrote it."""
 
@@ -104,7 +108,7 @@ class Vault:
     # What all ranks do together
 
     def save(self, engine: Any, tag: str, client_state: dict[str, Any], layout: Layout, interim: bool = False) -> None:
-        """Write a checkpoint. Raises CheckpointError when a file cannot be written; the ones before are whole then."""
+        """Write a checkpoint. Raises NotWrittenError when a file cannot be; the ones before are whole then."""
         draft = self.folder / f".{tag}.draft"
         self._once_a_folder(self._remove_drafts)
         try:
@@ -182,12 +186,12 @@ class Vault:
             token.unlink()
         return acts
 
-    def _unwritten(self, tag: str, error: Exception) -> CheckpointError:
+    def _unwritten(self, tag: str, error: Exception) -> NotWrittenError:
         free = shutil.disk_usage(self.folder).free / 2**20
         latest = self.latest()
         left = f"the checkpoint before, {self.folder / latest}, is as it was" if latest else "there is none before it"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return CheckpointError(
+        return NotWrittenError(
             f"checkpoint {tag} cannot be written: {reason} ({free:.0f} MiB free on its disk); {left}; "
             "make room and continue with --resume"
         )

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +20,8 @@ import psutil  # type: ignore[import-untyped]
 from torch.distributed import DistError, TCPStore
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.signals import EXIT_RANK_DIED, RankDied
 
+EXIT_RANK_DIED = 1
 EXIT_BAD_INPUT = 2
 PATIENCE = 15.0
 """Seconds that a host waits for the host of rank 0 to tell, and that one for the others to hear it."""
@@ -31,6 +31,17 @@ _CLAIM, _DONE = "agvm_ds-mistake", "told"
 
 class HostError(ConfigError):
     """A mistake that only one host may see (a missing file, a folder that cannot be written)."""
+
+
+class RankDied(RuntimeError):
+    """Other ranks of this host have ended without a word to the rest."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        which = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
+        super().__init__(
+            f"{which} died: killed (by the system, when memory ran out?), or ended with the message above. What is after "
+            "the last checkpoint is lost; --resume continues from there"
+        )
 
 
 def main_of_rank(main: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -24,25 +24,14 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from deepspeed import comm
 
-from agvm_ds.checkpoints import CheckpointError
+from agvm_ds.checkpoints import NotWrittenError
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.errors import EXIT_RANK_DIED, RankDied
 
 EXIT_PREEMPTED = 143
 """As a shell says of a process that SIGTERM ended: 128 + 15."""
-EXIT_RANK_DIED = 1
 _GRACE = 2.0
 """Seconds in which a rank that closed its connections becomes a dead process."""
-
-
-class RankDied(RuntimeError):
-    """Other ranks of this host have ended without a word to the rest."""
-
-    def __init__(self, ranks: Sequence[int]) -> None:
-        which = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
-        super().__init__(
-            f"{which} died: killed (by the system, when memory ran out?), or ended with the message above. What is after "
-            "the last checkpoint is lost; --resume continues from there"
-        )
 
 
 class StopAsked(Exception):
@@ -134,7 +123,7 @@ class Watch:
             yield
         except Exception as error:
             # A mistake of the user's is told as such; a checkpoint that cannot be written may be a rank's death, though.
-            if (isinstance(error, CheckpointError) or not isinstance(error, ConfigError)) and (dead := self.dead()):
+            if (isinstance(error, NotWrittenError) or not isinstance(error, ConfigError)) and (dead := self.dead()):
                 raise RankDied(dead) from error
             raise
 

@@ -26,6 +26,7 @@ class TestOptions:
 
     config: str
     checkpoint: str
+    trust_checkpoint: bool = False
     out: str | None = None
     metrics: tuple[str, ...] = ()
     allow_other_categories: bool = False
@@ -44,7 +45,7 @@ def test(options: TestOptions) -> dict[str, float]:
     data.check_files(cfg, ["test"])
     device = get_accelerator().current_device_name()
     detector = plain_detector(cfg, device)
-    load_weights(detector, options.checkpoint, get_root_logger())
+    load_weights(detector, options.checkpoint, get_root_logger(), options.trust_checkpoint)
     loader = data.test_loader(cfg, "test", options.allow_other_categories)
     results = collect(detect(detector, loader, device), len(loader.dataset))
     metrics: dict[str, float] = {}

@@ -54,6 +54,7 @@ class TrainOptions:
     allow_older: bool = False
     keep: int | None = None
     load_from: str | None = None
+    trust_checkpoint: bool = False
     seed: int | None = None
     diff_seed: bool = False
     deterministic: bool = False
@@ -84,7 +85,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: W
     for phase_loader in loaders:
         shield_workers(phase_loader)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
-    detector = make_detector(cfg, plan, loader.dataset.CLASSES)
+    detector = make_detector(cfg, plan, loader.dataset.CLASSES, options.trust_checkpoint)
     setup = optimizer.build(detector, cfg, plan)
     unrounded = keep_unrounded(detector) if plan.half else {}
     saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
@@ -141,7 +142,7 @@ def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
     return ["train", "val"] if validates else ["train"]
 
 
-def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
+def make_detector(cfg: Config, plan: Plan, classes: Any, trust: bool = False) -> nn.Module:
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
     detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     on_cpu = get_accelerator().device_name() == "cpu"
@@ -154,7 +155,7 @@ def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
     quiet.setLevel(level)
     detector.CLASSES = classes
     if cfg.load_from:
-        load_weights(detector, cfg.load_from, get_root_logger())
+        load_weights(detector, cfg.load_from, get_root_logger(), trust)
     if plan.half:
         enable_half(detector, plan.half)
     return detector

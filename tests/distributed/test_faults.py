@@ -1,0 +1,307 @@
+"""What a run survives: each fault is provoked in real processes, and what was lost is what the resumed run ends without.
+
+``make test-faults`` prints the table: fault, what happened, what was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from agvm_ds.demo.data import ensure
+from tests.injection import config_lines
+from tests.launch import launch_port
+from tests.trainer import ROOT, Outcome, cfg_options, data_options, launch, write_config, write_json
+
+SETTINGS = {
+    "train_batch_size": 8,
+    "zero_optimization": {"stage": 2},
+    "agvm": {"interval": 2, "ema_decay": 0.5, "start_step": 1},
+}
+OPTIONS = {
+    "runner.max_epochs": 3,
+    "lr_config.warmup_iters": 8,
+    "log_config.interval": 1,
+    "evaluation.interval": 1,
+    "checkpoint_config.interval": 1,
+    "data.samples_per_gpu": 2,
+}
+"""Three epochs of six updates of two accumulation steps; warm-up ends, and the rate falls, on the way."""
+EPOCH = 6
+EXIT_PREEMPTED = 143
+
+
+@dataclass
+class Runs:
+    """One place for the runs of this module, and the run that nothing happened to."""
+
+    place: Path
+    digits: Path
+
+    def words(self, work: Path, fault: str, *more: str, options: dict[str, Any] | None = None) -> list[str]:
+        config, settings = write_config(work.parent / f"{work.name}_in", fault), write_json(work.parent, SETTINGS)
+        named = [str(config), "--deepspeed_config", str(settings), "--work-dir", str(work), "--seed", "0", *more]
+        return [*named, *cfg_options({**data_options(self.digits), **OPTIONS, **(options or {})})]
+
+    def go(self, work: Path, fault: str = "", *more: str, ranks: int = 2, **options: Any) -> Outcome:
+        return launch("train.py", self.words(work, fault, *more, **options), work.parent / f"{work.name}_in", ranks)
+
+    def resume(self, work: Path, *more: str, **options: Any) -> Outcome:
+        return self.go(work, "", "--resume", *more, **options)
+
+    def lost(self, work: Path) -> str:
+        """What the run in ``work`` ends without, compared with the one that went through."""
+        missing = [what for what, same in _compared(self.place / "whole", work).items() if not same]
+        return ", ".join(missing) or "nothing"
+
+
+def _compared(one: Path, other: Path) -> dict[str, bool]:
+    weights = [torch.load(work / "latest.pth", weights_only=True)["state_dict"] for work in (one, other)]
+    measures = [(work / "agvm.jsonl").read_text() for work in (one, other)]
+    scores = [_scores(work) for work in (one, other)]
+    return {
+        "weights": all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()),
+        "scale factors": measures[0] == measures[1],
+        "evaluations": scores[0] == scores[1],
+    }
+
+
+def _scores(work: Path) -> dict[int, float]:
+    """epoch -> mAP, over all the logs of a work dir."""
+    lines = [json.loads(line) for log in sorted(work.glob("*.log.json")) for line in log.read_text().splitlines()]
+    return {line["epoch"]: line["bbox_mAP"] for line in lines if line.get("mode") == "val"}
+
+
+ROWS: list[tuple[str, str, str]] = []
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    place = tmp_path_factory.mktemp("faults")
+    found = Runs(place, ensure(place / "digits", train=48, val=8))
+    outcome = found.go(place / "whole")
+    assert outcome.good, outcome.output
+    yield found
+    table = Table("fault", "what happened", "what was lost")
+    for row in ROWS:
+        table.add_row(*row)
+    Console(width=150).print(table)
+
+
+def tell(fault: str, happened: str, lost: str) -> None:
+    """A row of the table; a loss fails the test."""
+    ROWS.append((fault, happened, lost))
+    assert lost == "nothing"
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "measure", "saving"])
+def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, runs: Runs) -> None:
+    """Killed in update 8, two after the checkpoint of epoch 1; or while that of epoch 2 is written."""
+    work = runs.place / f"killed_{where}"
+    started = time.monotonic()
+    outcome = runs.go(work, config_lines("Killed", rank=1, update=EPOCH + 2, where=where))
+    seconds = time.monotonic() - started
+    assert outcome.codes == [1, -signal.SIGKILL], outcome.output
+    assert outcome.output.count("error: ") == 1
+    assert "error: rank 1 has died" in outcome.output
+    assert (work / "deepspeed" / "latest").read_text() == "epoch_1"
+    resumed = runs.resume(work)
+    assert resumed.good, resumed.output
+    assert f"at update {EPOCH}," in resumed.output
+    assert not list((work / "deepspeed").glob(".*")), "drafts are gone"
+    tell(f"SIGKILL of a rank, {where}", f"named, all ended in {seconds:.0f} s; --resume from epoch 1", runs.lost(work))
+
+
+@pytest.mark.parametrize("update", [EPOCH + 2, 2 * EPOCH - 1], ids=["mid-epoch", "last of an epoch"])
+def test_sigterm_saves_the_update_in_hand(update: int, runs: Runs) -> None:
+    work = runs.place / f"terminated_{update}"
+    outcome = runs.go(work, config_lines("Terminated", rank=1, update=update))
+    assert outcome.codes == [EXIT_PREEMPTED] * 2, outcome.output
+    assert f"stopped by SIGTERM after update {update}" in outcome.output
+    assert (work / "deepspeed" / "latest").read_text() == f"update_{update + 1}"
+    resumed = runs.resume(work)
+    assert resumed.good, resumed.output
+    assert f"at update {update + 1}," in resumed.output
+    assert not (work / "deepspeed" / f"update_{update + 1}").exists(), "it goes when an epoch's is there"
+    tell(f"SIGTERM in update {update}", f"update finished, saved, exit {EXIT_PREEMPTED}; --resume", runs.lost(work))
+
+
+def test_sigterm_while_evaluating(runs: Runs) -> None:
+    """The evaluation is broken off, and comes first when the run is resumed."""
+    work = runs.place / "terminated_evaluating"
+    outcome = runs.go(work, config_lines("Terminated", rank=0, update=2 * EPOCH - 1, evaluating=True))
+    assert outcome.codes == [EXIT_PREEMPTED] * 2, outcome.output
+    resumed = runs.resume(work)
+    assert resumed.good, resumed.output
+    tell("SIGTERM while evaluating", "saved; --resume evaluates first", runs.lost(work))
+
+
+def test_sigterm_to_the_launcher(runs: Runs) -> None:
+    """DeepSpeed's launcher passes it to one rank after the other, data workers included, and waits 30 seconds for each."""
+    work = runs.place / "launcher"
+    waits, until = work.parent / "waits", work.parent / "until"
+    fault = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(until))
+    with launch_port() as port:
+        words = ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/train.py")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [*words, *runs.words(work, fault)]
+        with (work.parent / "launcher.txt").open("w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            _until(waits.exists)
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(1)
+            until.touch()
+            code = process.wait(timeout=60)
+            _until(lambda: not _in_group(process.pid))  # DeepSpeed's launcher outlives its command
+    output = (work.parent / "launcher.txt").read_text()
+    assert code != 0
+    assert f"stopped by SIGTERM after update {EPOCH + 2}" in output, output
+    assert "Traceback" not in output
+    resumed = runs.resume(work)
+    assert resumed.good, resumed.output
+    tell("SIGTERM to the launch", f"update finished, saved, launcher's exit {code}; --resume", runs.lost(work))
+
+
+def _in_group(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _until(true: Any, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(runs: Runs) -> Path:
+    """A run that was stopped after its second epoch."""
+    work = runs.place / "two_epochs"
+    outcome = runs.go(work, config_lines("Killed", rank=1, update=2 * EPOCH + 1, where="forward"))
+    assert (work / "deepspeed" / "latest").read_text() == "epoch_2", outcome.output
+    return work
+
+
+def flip(file: Path) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+
+
+DAMAGE = {
+    "cut short": (lambda file: os.truncate(file, file.stat().st_size // 2), "cut short"),
+    "missing": (Path.unlink, "missing"),
+    "one bit flipped": (flip, "not the bytes that were written"),
+}
+SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_only_when_allowed(
+    kind: str, runs: Runs, two_epochs: Path
+) -> None:
+    work = runs.place / f"damaged_{kind.replace(' ', '_')}"
+    shutil.copytree(two_epochs, work, symlinks=True)
+    damage, words = DAMAGE[kind]
+    damage(work / "deepspeed" / "epoch_2" / SHARD)
+    refused = runs.resume(work)
+    assert refused.codes == [2, 2]
+    assert refused.output.count("error: ") == 1
+    assert f"epoch_2/{SHARD}" in refused.output
+    assert words in refused.output
+    assert "epoch_1 (update 6) is whole" in refused.output
+    allowed = runs.resume(work, "--allow-older")
+    assert allowed.good, allowed.output
+    assert f"at update {EPOCH}," in allowed.output
+    tell(f"checkpoint file {kind}", "named; --allow-older continues from the one before", runs.lost(work))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(runs: Runs) -> None:
+    work = runs.place / "full"
+    states = work / "deepspeed"
+    states.mkdir(parents=True)
+    size = sum(file.stat().st_size for file in (runs.place / "whole/deepspeed/epoch_3").iterdir())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(states)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        outcome = runs.go(work)
+        assert outcome.codes.count(0) == 0
+        assert outcome.output.count("error: ") == 1, outcome.output
+        assert "checkpoint epoch_2 cannot be written" in outcome.output
+        assert "epoch_1, is as it was" in outcome.output
+        assert (states / "latest").read_text() == "epoch_1"
+        kept = work.parent / "kept"
+        shutil.copytree(states, kept)
+    finally:
+        subprocess.run(["umount", str(states)], check=True)
+    shutil.rmtree(states)
+    kept.rename(states)
+    resumed = runs.resume(work)
+    assert resumed.good, resumed.output
+    tell("disk full while saving", "told; the checkpoint before is whole; --resume", runs.lost(work))
+
+
+def test_keep_bounds_the_disk(runs: Runs) -> None:
+    work = runs.place / "keep"
+    outcome = runs.go(work, "", "--keep", "1")
+    assert outcome.good, outcome.output
+    assert sorted(path.name for path in (work / "deepspeed").iterdir() if path.is_dir()) == ["epoch_3"]
+    assert sorted(path.name for path in work.glob("epoch_*.pth")) == ["epoch_3.pth"]
+    tell("--keep 1", "one checkpoint stays", runs.lost(work))
+
+
+def test_a_second_launch_in_the_same_work_dir_is_refused(runs: Runs) -> None:
+    work = runs.place / "twice"
+    waits, until = runs.place / "twice_waits", runs.place / "twice_until"
+    first = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(until))
+    with launch_port() as port:
+        words = ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/train.py")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with (runs.place / "twice.txt").open("w") as log:
+            process = subprocess.Popen([*words, *runs.words(work, first)], env=environment, stdout=log, stderr=log)
+            _until(waits.exists)
+            second = runs.resume(work)
+            until.touch()
+            assert process.wait(timeout=120) == 0, (runs.place / "twice.txt").read_text()
+    assert second.codes == [2, 2]
+    assert second.output.count("error: ") == 1
+    assert "another launch is at work there (rank 0 is process" in second.output
+    tell("a second launch in a work dir", "refused; the first went on", runs.lost(work))
+
+
+def test_a_slow_rank_is_not_a_fault(runs: Runs) -> None:
+    work = runs.place / "slow"
+    outcome = runs.go(work, config_lines("Slow", rank=1, update=EPOCH + 2, seconds=15))
+    assert outcome.good, outcome.output
+    tell("a rank 15 s late", "the others waited", runs.lost(work))
+
+
+def test_a_new_run_sets_the_earlier_ones_checkpoints_aside(runs: Runs, two_epochs: Path) -> None:
+    work = runs.place / "anew"
+    shutil.copytree(two_epochs, work, symlinks=True)
+    outcome = runs.go(work)
+    assert outcome.good, outcome.output
+    assert "checkpoints of an earlier run in this work dir are now in" in outcome.output
+    (aside,) = work.glob("deepspeed_*")
+    assert (aside / "latest").read_text() == "epoch_2"
+    tell("a new run in a used work dir", "the earlier checkpoints are set aside", runs.lost(work))
