@@ -11,17 +11,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from agvm_ds.demo.data import ensure
+from tests.faulttable import survived
 from tests.injection import config_lines
 from tests.launch import launch_port
 from tests.trainer import ROOT, Outcome, cfg_options, data_options, launch, write_config, write_json
@@ -85,29 +83,22 @@ def _scores(work: Path) -> dict[int, float]:
     return {line["epoch"]: line["bbox_mAP"] for line in lines if line.get("mode") == "val"}
 
 
-ROWS: list[tuple[str, str, str]] = []
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     place = tmp_path_factory.mktemp("faults")
     found = Runs(place, ensure(place / "digits", train=48, val=8))
     outcome = found.go(place / "whole")
     assert outcome.good, outcome.output
-    yield found
-    table = Table("fault", "what happened", "what was lost")
-    for row in ROWS:
-        table.add_row(*row)
-    Console(width=150).print(table)
+    return found
 
 
-def tell(fault: str, happened: str, lost: str) -> None:
-    """A row of the table; a loss fails the test."""
-    ROWS.append((fault, happened, lost))
-    assert lost == "nothing"
+EXTENDED = pytest.mark.extended
+"""Not in ``make test``: another of them shows the same."""
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "measure", "saving"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("forward", marks=EXTENDED), "backward", pytest.param("measure", marks=EXTENDED), "saving"]
+)
 def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, runs: Runs) -> None:
     """Killed in update 8, two after the checkpoint of epoch 1; or while that of epoch 2 is written."""
     work = runs.place / f"killed_{where}"
@@ -122,10 +113,16 @@ def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, runs: Run
     assert resumed.good, resumed.output
     assert f"at update {EPOCH}," in resumed.output
     assert not list((work / "deepspeed").glob(".*")), "drafts are gone"
-    tell(f"SIGKILL of a rank, {where}", f"named, all ended in {seconds:.0f} s; --resume from epoch 1", runs.lost(work))
+    survived(
+        f"SIGKILL of a rank, {where}", f"named, all ended in {seconds:.0f} s; --resume from epoch 1", runs.lost(work)
+    )
 
 
-@pytest.mark.parametrize("update", [EPOCH + 2, 2 * EPOCH - 1], ids=["mid-epoch", "last of an epoch"])
+@pytest.mark.parametrize(
+    "update",
+    [pytest.param(EPOCH + 2, marks=EXTENDED), pytest.param(2 * EPOCH - 1)],
+    ids=["mid-epoch", "last of an epoch"],
+)
 def test_sigterm_saves_the_update_in_hand(update: int, runs: Runs) -> None:
     work = runs.place / f"terminated_{update}"
     outcome = runs.go(work, config_lines("Terminated", rank=1, update=update))
@@ -136,9 +133,10 @@ def test_sigterm_saves_the_update_in_hand(update: int, runs: Runs) -> None:
     assert resumed.good, resumed.output
     assert f"at update {update + 1}," in resumed.output
     assert not (work / "deepspeed" / f"update_{update + 1}").exists(), "it goes when an epoch's is there"
-    tell(f"SIGTERM in update {update}", f"update finished, saved, exit {EXIT_PREEMPTED}; --resume", runs.lost(work))
+    survived(f"SIGTERM in update {update}", f"update finished, saved, exit {EXIT_PREEMPTED}; --resume", runs.lost(work))
 
 
+@EXTENDED
 def test_sigterm_while_evaluating(runs: Runs) -> None:
     """The evaluation is broken off, and comes first when the run is resumed."""
     work = runs.place / "terminated_evaluating"
@@ -146,7 +144,7 @@ def test_sigterm_while_evaluating(runs: Runs) -> None:
     assert outcome.codes == [EXIT_PREEMPTED] * 2, outcome.output
     resumed = runs.resume(work)
     assert resumed.good, resumed.output
-    tell("SIGTERM while evaluating", "saved; --resume evaluates first", runs.lost(work))
+    survived("SIGTERM while evaluating", "saved; --resume evaluates first", runs.lost(work))
 
 
 def test_sigterm_to_the_launcher(runs: Runs) -> None:
@@ -172,7 +170,7 @@ def test_sigterm_to_the_launcher(runs: Runs) -> None:
     assert "Traceback" not in output
     resumed = runs.resume(work)
     assert resumed.good, resumed.output
-    tell("SIGTERM to the launch", f"update finished, saved, launcher's exit {code}; --resume", runs.lost(work))
+    survived("SIGTERM to the launch", f"update finished, saved, launcher's exit {code}; --resume", runs.lost(work))
 
 
 def _in_group(group: int) -> bool:
@@ -213,7 +211,10 @@ DAMAGE = {
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("cut short", marks=EXTENDED), pytest.param("missing", marks=EXTENDED), "one bit flipped"],
+)
 def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_only_when_allowed(
     kind: str, runs: Runs, two_epochs: Path
 ) -> None:
@@ -230,7 +231,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_only_when_allowed(
     allowed = runs.resume(work, "--allow-older")
     assert allowed.good, allowed.output
     assert f"at update {EPOCH}," in allowed.output
-    tell(f"checkpoint file {kind}", "named; --allow-older continues from the one before", runs.lost(work))
+    survived(f"checkpoint file {kind}", "named; --allow-older continues from the one before", runs.lost(work))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(runs: Runs) -> None:
@@ -258,7 +259,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(runs: Runs) -> None:
     kept.rename(states)
     resumed = runs.resume(work)
     assert resumed.good, resumed.output
-    tell("disk full while saving", "told; the checkpoint before is whole; --resume", runs.lost(work))
+    survived("disk full while saving", "told; the checkpoint before is whole; --resume", runs.lost(work))
 
 
 def test_keep_bounds_the_disk(runs: Runs) -> None:
@@ -267,7 +268,7 @@ def test_keep_bounds_the_disk(runs: Runs) -> None:
     assert outcome.good, outcome.output
     assert sorted(path.name for path in (work / "deepspeed").iterdir() if path.is_dir()) == ["epoch_3"]
     assert sorted(path.name for path in work.glob("epoch_*.pth")) == ["epoch_3.pth"]
-    tell("--keep 1", "one checkpoint stays", runs.lost(work))
+    survived("--keep 1", "one checkpoint stays", runs.lost(work))
 
 
 def test_a_second_launch_in_the_same_work_dir_is_refused(runs: Runs) -> None:
@@ -286,16 +287,18 @@ def test_a_second_launch_in_the_same_work_dir_is_refused(runs: Runs) -> None:
     assert second.codes == [2, 2]
     assert second.output.count("error: ") == 1
     assert "another launch is at work there (rank 0 is process" in second.output
-    tell("a second launch in a work dir", "refused; the first went on", runs.lost(work))
+    survived("a second launch in a work dir", "refused; the first went on", runs.lost(work))
 
 
+@EXTENDED
 def test_a_slow_rank_is_not_a_fault(runs: Runs) -> None:
     work = runs.place / "slow"
     outcome = runs.go(work, config_lines("Slow", rank=1, update=EPOCH + 2, seconds=15))
     assert outcome.good, outcome.output
-    tell("a rank 15 s late", "the others waited", runs.lost(work))
+    survived("a rank 15 s late", "the others waited", runs.lost(work))
 
 
+@EXTENDED
 def test_a_new_run_sets_the_earlier_ones_checkpoints_aside(runs: Runs, two_epochs: Path) -> None:
     work = runs.place / "anew"
     shutil.copytree(two_epochs, work, symlinks=True)
@@ -304,4 +307,4 @@ def test_a_new_run_sets_the_earlier_ones_checkpoints_aside(runs: Runs, two_epoch
     assert "checkpoints of an earlier run in this work dir are now in" in outcome.output
     (aside,) = work.glob("deepspeed_*")
     assert (aside / "latest").read_text() == "epoch_2"
-    tell("a new run in a used work dir", "the earlier checkpoints are set aside", runs.lost(work))
+    survived("a new run in a used work dir", "the earlier checkpoints are set aside", runs.lost(work))

@@ -23,6 +23,16 @@ N, SAVED, ALL = 6, 3, 6
 MODULES = ["backbone", "neck", "rpn_head", "roi_head"]
 
 
+EXTRAS: dict[str, dict[str, Any]] = {
+    "round robin": {"zero_optimization": {"round_robin_gradients": True}},
+    "aligned": {"zero_optimization": {"parameter_alignment": True}},
+    "sub-groups": {"zero_optimization": {"sub_group_size": 50}},
+    "offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
+    "fp32 accumulation": {"data_types": {"grad_accum_dtype": "fp32"}},
+}
+"""What changes the flat buffers, or where they are."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One layout."""
@@ -33,9 +43,12 @@ class Run:
     bf16: bool = False
     modules: tuple[str, ...] | None = None
     agvm: bool = True
+    extra: str = ""
+    """One of EXTRAS."""
 
     def __str__(self) -> str:
         words = [f"{self.ranks} ranks", f"stage {self.stage}", self.base, "bf16" * self.bf16]
+        words.append(self.extra)
         return " ".join(filter(None, [*words, "modules" * bool(self.modules), "" if self.agvm else "off"]))
 
     @contextmanager
@@ -46,6 +59,8 @@ class Run:
         placed = Placed.of(model, groups)
         more = {"bf16": {"enabled": True}} if self.bf16 else {}
         config = ds_config(self.stage, N // self.ranks, self.base, **more)
+        for key, value in EXTRAS.get(self.extra, {}).items():
+            config[key] = {**config[key], **value} if key in config and isinstance(value, dict) else value
         if not self.agvm:
             config["agvm"]["enabled"] = False
         optimizer = AGVM(groups, base=getattr(torch.optim, self.base), **OPTIONS[self.base])
@@ -56,12 +71,20 @@ class Run:
 SOURCES = [
     *(Run(2, stage, base) for stage in range(4) for base in ("SGD", "AdamW")),
     *(Run(2, stage, "AdamW", bf16=True) for stage in range(4)),
+    Run(2, 1, "AdamW", bf16=True, extra="fp32 accumulation"),
+    Run(2, 2, "AdamW", extra="round robin"),
+    Run(2, 1, "AdamW", extra="aligned"),
+    Run(2, 3, "AdamW", extra="sub-groups"),
+    Run(2, 3, "AdamW", extra="offload"),
+    Run(2, 2, "SGD", extra="offload"),
 ]
 
 
 def targets(source: Run, ranks: int) -> list[Run]:
     """Other layouts with this many ranks that a checkpoint of ``source`` is loaded into."""
     stage = (source.stage + ranks) % 4  # with 1 and 3 ranks: each to each but two apart
+    if source.extra:  # with it and without, in the same stage
+        return [replace(source, ranks=ranks), replace(source, ranks=ranks, extra="")]
     moved = [replace(source, ranks=ranks, stage=stage)]
     if ranks == 3:
         moved.append(replace(source, ranks=ranks, stage=(source.stage + 2) % 4, modules=tuple(MODULES[:2])))
@@ -96,7 +119,8 @@ def sources(place: Path) -> dict[Run, Any]:
 
 def moments(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     """name -> key -> the optimizer's state, as ``deepspeed.utils`` finds it; ZeRO only."""
-    if not engine.zero_optimization():
+    config = engine._config.zero_config
+    if not engine.zero_optimization() or config.round_robin_gradients:  # with it DeepSpeed finds others' elements
         return {}
     if (
         engine.zero_optimization_stage() < 3
