@@ -33,6 +33,7 @@ from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHoo
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
 from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.nonfinite import KEY, Watch
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
 from agvm_ds.mmdet.runner import refuse_nothing_to_resume
@@ -77,7 +78,8 @@ def train(options: TrainOptions) -> None:
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
-    runner = make_runner(options, cfg, plan, engine, seed, unrounded)
+    watch = Watch(engine, cfg.get(KEY, 0), loader.dataset)
+    runner = make_runner(options, cfg, plan, EngineModel(engine, watch), seed, unrounded)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
@@ -139,10 +141,10 @@ def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
 
 
 def make_runner(
-    options: TrainOptions, cfg: Config, plan: Plan, engine: Any, seed: int, unrounded: Mapping[str, Any]
+    options: TrainOptions, cfg: Config, plan: Plan, model: EngineModel, seed: int, unrounded: Mapping[str, Any]
 ) -> Any:
     """mmcv's runner with the config's hooks; the engine takes the place of the optimizer hook."""
-    kind = cfg.runner.type
+    kind, engine = cfg.runner.type, model.engine
     for group in engine.basic_optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # before a resume brings the rate of its update
     meta = {
@@ -154,7 +156,7 @@ def make_runner(
     runner = build_runner(
         {**cfg.runner, "type": kind.replace("Runner", "EngineRunner")},
         default_args={
-            "model": EngineModel(engine),
+            "model": model,
             "optimizer": engine.basic_optimizer,
             "work_dir": cfg.work_dir,
             "logger": get_root_logger(),
