@@ -19,20 +19,23 @@ LAYER = "neck.lateral_convs.0.conv"
 
 @HOOKS.register_module()
 class FaultHook(Hook):
-    """kinds: "loss" (nan), "constant" (an infinite loss with good gradients), "gradient" (nan), "once" (nan, but not
-    when it is computed again), "huge" (finite, its square overflows).
+    """kinds: "loss" (nan), "constant" (an infinite loss with good gradients), "gradient" (nan), "drawn" (nan, of
+    a random number), "once" (nan, but not when it is computed again), "huge" (finite, its square overflows).
     """
 
     def __init__(self, faults: list[Any], place: str) -> None:
         self.faults = {(update, rank, index): kind for update, rank, index, kind in faults}
         self.place = Path(place)
+        self.drawn: dict[int, float] = {}
         self.records: list[dict[str, Any]] = []
+        self.random: list[torch.Tensor] = []
 
     def before_run(self, runner: Any) -> None:
         self.runner, self.engine = runner, runner.model.engine
         detector = runner.model.module
         self._wrap(detector, "forward_train", self._losses)
         self._wrap(runner.model, "train_step", self._recorded)
+        self._wrap(runner.model, "_update", self._random)
         detector.get_submodule(LAYER).register_forward_hook(self._layer)
 
     @staticmethod
@@ -54,17 +57,29 @@ class FaultHook(Hook):
 
     def _layer(self, _: Any, __: Any, output: torch.Tensor) -> None:
         kind = self._fault()
+        if kind == "drawn":
+            number = torch.rand(()).item()
+            kind = "gradient" if number == self.drawn.setdefault(self.runner.iter, number) else None
         if kind in ("gradient", "once", "huge"):
             output.register_hook(lambda gradient: gradient * (1e25 if kind == "huge" else math.nan))
         if kind == "once":
+            torch.rand(())
             self.faults = {place: fault for place, fault in self.faults.items() if place[0] != self.runner.iter}
 
+    def _random(self, update: Any, *args: Any) -> Any:
+        try:
+            return update(*args)
+        finally:
+            self.random.append(torch.get_rng_state())
+
     def _recorded(self, train_step: Any, *args: Any, **kwargs: Any) -> Any:
-        before = self._state()
+        before, self.random = self._state(), []
         try:
             return train_step(*args, **kwargs)
         finally:
-            self.records.append({"update": self.runner.iter, "before": before, "after": self._state()})
+            self.records.append(
+                {"update": self.runner.iter, "before": before, "after": self._state(), "random": self.random[0]}
+            )
             torch.save(self.records, self.place / f"records_{self.runner.rank}.pt")
 
     def _state(self) -> dict[str, Any]:

@@ -126,7 +126,6 @@ class Watch:
         engine.global_steps -= 1
         engine.skipped_steps -= 1
         engine.global_samples -= engine.train_batch_size()
-        engine.micro_steps -= engine.gradient_accumulation_steps()
         unmeasured = nullcontext() if engine.agvm is None else engine.agvm.paused(self._t)
         with untouched_randomness(), unmeasured, self._looking():
             set_random_state(self._start)

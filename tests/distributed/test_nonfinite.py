@@ -19,7 +19,7 @@ FAULTS = [
     (2, 0, 0, "constant"),
     (4, 0, 1, "once"),
     (6, 1, 0, "loss"),
-    (7, 1, 0, "gradient"),
+    (7, 1, 0, "drawn"),
     (8, 0, 1, "loss"),
 ]
 """(update, rank, micro-batch, kind): three updates an epoch, and the third in a row ends the third epoch."""
@@ -107,6 +107,7 @@ def test_a_bad_update_changes_nothing_but_counters(skipping: Run) -> None:
             assert identical(weights(before), weights(after)) is (update in bad), update
             assert identical(before["momenta"], after["momenta"]) is (update in bad), update
             assert all(torch.isfinite(value).all() for value in after["weights"].values())
+            assert identical(after["random"], record["random"]), "as the update itself has left it"
             if before["agvm"]:
                 keys = ("scale_factors", "variances", "measured")
                 assert all(identical(before["agvm"][key], after["agvm"][key]) for key in keys) is (update in bad)
@@ -133,7 +134,8 @@ def test_each_is_told_once_and_one_more_in_a_row_ends_the_run(skipping: Run) -> 
 
 
 def test_who_and_what_is_named(skipping: Run) -> None:
-    gradient, constant, once, loss = (skipping.line(update) for update in (1, 2, 4, 6))
+    gradient, constant, once, loss, drawn = (skipping.line(update) for update in (1, 2, 4, 6, 7))
+    assert "rank 1, micro-batch 0; gradients of neck" in drawn, "the same random numbers again"
     assert gradient.startswith("gradient, or its squared norm, is not finite\n  rank 1, micro")
     assert "rank 1, micro-batch 1; gradients of neck: neck.lateral_convs.0.conv." in gradient
     assert "gradients of backbone: backbone." in gradient
