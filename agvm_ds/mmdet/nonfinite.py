@@ -31,8 +31,8 @@ Losses = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
 
 _LOSS, _GRADIENT = "a loss is not finite", "a gradient, or its squared norm, is not finite"
 _NOBODY = {
-    _LOSS: "it is on every rank by itself: their mean overflows. The micro-batches were",
-    _GRADIENT: "it is in every micro-batch, taken again: their sum overflows, or the fault comes and goes. They were",
+    _LOSS: "each rank's own is finite: their mean overflows. The micro-batches were",
+    _GRADIENT: "taken again, every micro-batch's is finite: their sum overflows, or the fault comes and goes. They were",
 }
 
 
@@ -110,7 +110,7 @@ class Watch:
             self.in_a_row = 0
             return
         fault = _LOSS if self._micro_batches else _GRADIENT
-        if fault is _GRADIENT:
+        if fault == _GRADIENT:
             self._take_again(update)
         message = self._message(fault)
         if self.in_a_row >= self.limit:

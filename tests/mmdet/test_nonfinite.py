@@ -133,5 +133,5 @@ def test_a_good_update_ends_the_row() -> None:
 def test_a_mean_that_overflows_is_told_as_such() -> None:
     watch = Watch(engine())
     watch.begin()
-    with pytest.raises(NonFiniteError, match=r"on every rank by itself: .*\n  rank 0, micro-batch 0; images a\.png"):
+    with pytest.raises(NonFiniteError, match=r"each rank's own is finite: .*\n  rank 0, micro-batch 0; images a\.png"):
         watch.checked(torch.tensor(1.0), math.inf, {"loss_cls": torch.tensor(1.0)}, [{"filename": "a.png"}])
