@@ -9,6 +9,7 @@ from mmcv import Config
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.ema import EMA_HOOKS
+from agvm_ds.mmdet.nonfinite import KEY
 from agvm_ds.mmdet.plan import Plan
 
 RUNNERS = ("EpochBasedRunner", "IterBasedRunner")
@@ -17,7 +18,7 @@ PHASES = ("train", "val")
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
     """Raise ConfigError with all of them together."""
-    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan)]
+    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *_bad_updates(cfg)]
     if problems:
         raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
     if cfg.get("auto_resume"):
@@ -51,3 +52,12 @@ def _averages(cfg: Config, plan: Plan) -> Iterator[str]:
             yield f"custom hook {kind}: ZeRO-3 leaves no whole weights to average; use stage 0, 1 or 2"
         elif kind in EMA_HOOKS and plan.half:
             yield f"custom hook {kind}: would average weights rounded to {plan.half}; train in fp32"
+
+
+def _bad_updates(cfg: Config) -> Iterator[str]:
+    value = cfg.get(KEY, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        yield (
+            f"{KEY} = {value!r}: must be an integer: how many updates in a row whose loss or gradient is not finite are "
+            "skipped; 0 stops at the first"
+        )

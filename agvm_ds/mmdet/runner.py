@@ -14,7 +14,7 @@ from agvm_ds.mmdet.checkpointing import Checkpointing, Saving, plain
 from agvm_ds.mmdet.compat import repeat_mode_switch
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state, set_random_state
-from agvm_ds.mmdet.signals import Preempted, Watch
+from agvm_ds.mmdet.signals import Preempted, RankWatch
 from agvm_ds.mmdet.weights import StateDict, gather_weights, publish
 
 
@@ -23,7 +23,7 @@ class EngineRunner(Checkpointing):
 
     model: Any
 
-    def __init__(self, *args: Any, batch: Batch, saving: Saving, watch: Watch, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, batch: Batch, saving: Saving, watch: RankWatch, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.batch = batch
         self.saving = saving

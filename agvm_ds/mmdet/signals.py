@@ -65,7 +65,7 @@ class Peer:
             return True
 
 
-class Watch:
+class RankWatch:
     """Listens for SIGTERM from its making on; ``on_death`` is called in a thread with the ranks that died."""
 
     def __init__(self, on_death: Callable[[RankDied], None]) -> None:

@@ -35,9 +35,10 @@ from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHoo
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
 from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
-from agvm_ds.mmdet.signals import Watch, shield_workers
+from agvm_ds.mmdet.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.summary import summarize
 from agvm_ds.mmdet.weights import keep_unrounded, load_weights
 from agvm_ds.monitor import FILE_NAME, JsonLines
@@ -69,12 +70,12 @@ def train(options: TrainOptions) -> None:
     started = time.perf_counter()
     plan, cfg, work_dir = prepare(options)
     session.init_distributed()
-    watch = Watch(tell_dead)
+    watch = RankWatch(tell_dead)
     with watch.naming_the_dead(), session.alone_in(work_dir):
         run(options, plan, cfg, work_dir, watch, started)
 
 
-def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: Watch, started: float) -> None:
+def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: RankWatch, started: float) -> None:
     """A run whose ranks have met."""
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
@@ -92,7 +93,8 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: W
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
-    runner = make_runner(options, cfg, plan, engine, seed, saving, watch)
+    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset))
+    runner = make_runner(options, cfg, plan, model, seed, saving, watch)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
@@ -162,10 +164,10 @@ def make_detector(cfg: Config, plan: Plan, classes: Any, trust: bool = False) ->
 
 
 def make_runner(
-    options: TrainOptions, cfg: Config, plan: Plan, engine: Any, seed: int, saving: Saving, watch: Watch
+    options: TrainOptions, cfg: Config, plan: Plan, model: EngineModel, seed: int, saving: Saving, watch: RankWatch
 ) -> Any:
     """mmcv's runner with the config's hooks; the engine takes the place of the optimizer hook."""
-    kind = cfg.runner.type
+    kind, engine = cfg.runner.type, model.engine
     for group in engine.basic_optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # before a resume brings the rate of its update
     meta = {
@@ -177,7 +179,7 @@ def make_runner(
     runner = build_runner(
         {**cfg.runner, "type": runners.ENGINE_RUNNERS[kind].__name__},
         default_args={
-            "model": EngineModel(engine),
+            "model": model,
             "optimizer": engine.basic_optimizer,
             "work_dir": cfg.work_dir,
             "logger": get_root_logger(),
