@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
     if missing:
         raise ConfigError(f"config {path}: has no {', '.join(missing)}; is it a complete mmdet 2.x config?")
     return cfg
+
+
+@contextmanager
+def blamed(part: str) -> Iterator[None]:
+    """What mmdet or mmcv raise while they build this part of a config is a mistake in it: a ConfigError that names it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 
 def move_data(cfg: Config, root: str | None) -> None:

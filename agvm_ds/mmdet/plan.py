@@ -14,6 +14,8 @@ from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
+from agvm_ds.deepspeed_json import BATCH_KEYS
+from agvm_ds.support import refuse_by_deepspeed
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class Plan:
     @property
     def stage(self) -> int:
         """The ZeRO stage."""
-        zero = self.deepspeed.get("zero_optimization") or {}
-        return int(zero.get("stage", 0)) if isinstance(zero, Mapping) else 1
+        return int((self.deepspeed.get("zero_optimization") or {}).get("stage", 0))
 
 
 def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scale_rate: bool = False) -> Plan:
@@ -60,6 +61,7 @@ def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scal
     What is settled is written into ``cfg`` too. scale_rate: mmdet's ``--auto-scale-lr``.
     """
     block = read_block(deepspeed_config)
+    refuse_by_deepspeed(deepspeed_config)
     batch = settle_batch(deepspeed_config, int(cfg.data.train_dataloader.get("samples_per_gpu", 2)), ranks)
     effective = {
         **deepspeed_config,
@@ -106,9 +108,6 @@ def settle_batch(config: Mapping[str, Any], samples_per_gpu: int, ranks: int) ->
             f"x {ranks} ranks = {micro * accumulation * ranks}"
         )
     return Batch(train, micro, needed, ranks)
-
-
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def _settle_optimizer(plan: Plan, cfg: Config) -> None:

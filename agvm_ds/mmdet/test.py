@@ -13,8 +13,10 @@ from mmdet.utils import get_root_logger, setup_multi_processes
 
 from agvm_ds.mmdet import data, session
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
+from agvm_ds.mmdet.images import others_may_stop
 from agvm_ds.mmdet.weights import load_weights
 
 
@@ -41,12 +43,13 @@ def test(options: TestOptions) -> dict[str, float]:
     setup_multi_processes(cfg)
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
-    data.check_files(cfg, ["test"])
+    check_on_hosts(cfg, ["test"], options.allow_other_categories, options.metrics)
     device = get_accelerator().current_device_name()
     detector = plain_detector(cfg, device)
     load_weights(detector, options.checkpoint, get_root_logger())
-    loader = data.test_loader(cfg, "test", options.allow_other_categories)
-    results = collect(detect(detector, loader, device), len(loader.dataset))
+    loader = data.test_loader(cfg, "test")
+    with others_may_stop():
+        results = collect(detect(detector, loader, device), len(loader.dataset))
     metrics: dict[str, float] = {}
     if results is not None:
         if options.out:

@@ -23,13 +23,15 @@ from torch import nn
 
 import agvm_ds
 from agvm_ds.config import ConfigError
-from agvm_ds.engine import load_config
+from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
-from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config
+from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
+from agvm_ds.mmdet.images import others_may_stop
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
 from agvm_ds.mmdet.modules import modules_of
@@ -66,10 +68,10 @@ def train(options: TrainOptions) -> None:
     session.init_distributed()
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
-    data.check_files(cfg, splits_read(options, cfg))
+    plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
     logger = session.open_log(cfg, work_dir)
     seed = session.settle_seed(cfg, options.seed, options.diff_seed, options.deterministic)
-    loaders = data.phase_loaders(cfg, plan.batch, options.allow_other_categories)
+    loaders = data.phase_loaders(cfg, plan.batch)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
     detector = make_detector(cfg, plan, loader.dataset.CLASSES)
     unrounded = keep_unrounded(detector) if plan.half else {}
@@ -90,7 +92,8 @@ def train(options: TrainOptions) -> None:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     for note in plan.notes:
         logger.info(note)
-    runner.run(loaders, [tuple(phase) for phase in cfg.workflow])
+    with others_may_stop():
+        runner.run(loaders, [tuple(phase) for phase in cfg.workflow])
     if engine.global_rank == 0:
         summarize(work_dir, evaluation, clock, plan.batch.train, started, engine.agvm is not None)
     comm.barrier()
@@ -121,7 +124,8 @@ def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
 
 def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
-    detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    with blamed("model"):
+        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     on_cpu = get_accelerator().device_name() == "cpu"
     if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules()):
         raise ConfigError("the detector has SyncBN, which needs a GPU; on a CPU set norm_cfg.type to BN or GN")
@@ -164,14 +168,15 @@ def make_runner(
         },
     )
     runner.timestamp = cfg.timestamp
-    runner.register_training_hooks(
-        cfg.get("lr_config"),
-        None,  # DeepSpeed's engine.step() is the optimizer hook
-        None,
-        cfg.get("log_config"),
-        cfg.get("momentum_config"),
-        custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
-    )
+    with blamed("lr_config, log_config, momentum_config or custom_hooks"):
+        runner.register_training_hooks(
+            cfg.get("lr_config"),
+            None,  # DeepSpeed's engine.step() is the optimizer hook
+            None,
+            cfg.get("log_config"),
+            cfg.get("momentum_config"),
+            custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
+        )
     if cfg.get("checkpoint_config"):
         settings = {"by_epoch": kind == "EpochBasedRunner", **cfg.checkpoint_config}
         runner.register_hook(EngineCheckpointHook(**settings), priority="NORMAL")
@@ -185,7 +190,7 @@ def add_evaluation(options: TrainOptions, cfg: Config, runner: Any) -> EngineEva
     """mmdet's evaluation, as the config's ``evaluation`` says."""
     settings = {**cfg.get("evaluation", {}), "by_epoch": cfg.runner.type != "IterBasedRunner"}
     detector = plain_detector(cfg, runner.engine.device)
-    loader = data.test_loader(cfg, "val", options.allow_other_categories)
+    loader = data.test_loader(cfg, "val")
     hook = EngineEvalHook(loader, **settings, detector=detector, engine=runner.engine)
     runner.register_hook(hook, priority="LOW")
     return hook
