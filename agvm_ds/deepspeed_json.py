@@ -83,7 +83,7 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     where = "" if isinstance(config, Mapping) else f"{config}: "
     loaded = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else _read(Path(config))
-    problems = [*_slips(loaded), *_shapes(loaded)]
+    problems = [*_slips(loaded), *_shapes(loaded), *_values(loaded)]
     if problems:
         raise ConfigError("\n  ".join([f"{where}the DeepSpeed config has mistakes:", *problems]))
     return loaded
@@ -128,21 +128,27 @@ def _slips(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shapes(config: Mapping[str, Any]) -> Iterator[str]:
-    """Known keys whose value is of the wrong kind; null is as good as no key."""
+    """Blocks that are no objects."""
     for key in BLOCKS:
-        value = config.get(key)
+        value = config.get(key, {})
         if key == "zero_optimization" and isinstance(value, bool):
             yield f'{key}: true or false is an old form of DeepSpeed\'s; write {{"stage": 1}}, or 0, 2, 3'
-        elif value is not None and not isinstance(value, Mapping):
-            yield f"{key} = {value!r}: must be an object {{...}}"
-    for key in ("optimizer", "scheduler"):
-        block = config.get(key)
-        if isinstance(block, Mapping) and not isinstance(block.get("type", ""), str):
-            yield f"{key}.type = {block['type']!r}: must be a string"
-        if isinstance(block, Mapping) and not isinstance(block.get("params") or {}, Mapping):
-            yield f"{key}.params = {block['params']!r}: must be an object {{...}}"
+        elif not isinstance(value, Mapping):
+            yield f"{key} = {value!r}: must be an object {{...}}, or left out"
+        elif key in ("optimizer", "scheduler"):
+            if not isinstance(value.get("type", ""), str):
+                yield f"{key}.type = {value['type']!r}: must be a string"
+            if not isinstance(value.get("params") or {}, Mapping):
+                yield f"{key}.params = {value['params']!r}: must be an object {{...}}"
+
+
+def _values(config: Mapping[str, Any]) -> Iterator[str]:
+    """Values of the wrong kind. Python takes a bool for a number."""
     for key, kinds in VALUES.items():
         value = config.get(key)
-        wrong = not isinstance(value, kinds or object) or (isinstance(value, bool) and kinds != _FLAG)
-        if kinds and value is not None and wrong:
-            yield f"{key} = {value!r}: must be {_KINDS[kinds]}"
+        wrong = kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds != _FLAG))
+        if kinds is not None and wrong and key in config:
+            yield f"{key} = {value!r}: must be {_KINDS[kinds]}, or left out"
+    steps = config.get("steps_per_print")
+    if isinstance(steps, (int, float)) and steps < 1:
+        yield f"steps_per_print = {steps}: must be at least 1"

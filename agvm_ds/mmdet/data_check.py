@@ -26,6 +26,8 @@ from agvm_ds.mmdet.images import Image, check_files
 SPLITS = ("train", "val", "test")
 FILES = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")
 """Keys of a data set config that name files or folders, one or a list."""
+COCO_METRICS = ("bbox", "segm", "proposal")
+"""Of CocoDataset. mmdet 2.28's proposal_fast fails with numpy 2."""
 _LVIS = (LVISV05Dataset, LVISV1Dataset)
 
 
@@ -65,8 +67,8 @@ class Checked:
     """What was found in the data of a config."""
 
     sources: list[Source] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """ "where: not found: path", and data sets that disagree."""
+    problems: list[str] = field(default_factory=list)
+    """What is refused beside single annotation files."""
 
     @property
     def reports(self) -> list[Report]:
@@ -76,7 +78,7 @@ class Checked:
     def lines(self, noted: bool = False) -> list[str]:
         """What is refused, or noted, a line each."""
         found = [line for report in self.reports for line in report.lines(noted)]
-        return list(dict.fromkeys(found if noted else [*self.missing, *found]))
+        return list(dict.fromkeys(found if noted else [*self.problems, *found]))
 
 
 def check_data(
@@ -90,7 +92,7 @@ def check_data(
     for split in splits:
         for where, node in _data_sets(cfg.data.get(split), f"data.{split}"):
             missing = list(_missing(node, where))
-            checked.missing += missing
+            checked.problems += [*missing, *(_metrics(node, evaluated) if split != "train" else ())]
             for source in [] if missing else _sources(node, where, split == "train", evaluated, allow_others):
                 checked.sources.append(source)
                 key = (source.file, source.folder, source.use, str(source.loader))
@@ -99,7 +101,7 @@ def check_data(
                     check_files(source.images, source.report)
                     reports[key] = source.report
                 source.report = reports.get(key)
-    checked.missing += _disagreements(checked.sources)
+    checked.problems += _disagreements(checked.sources)
     return checked
 
 
@@ -167,10 +169,23 @@ def _sources(
         yield Source(where, node, file, folders[min(index, len(folders) - 1)], use)
 
 
+def _kind(node: Mapping[str, Any]) -> Any:
+    """The class of a data set; None for one that mmdet does not know."""
+    named = node.get("type")
+    return DATASETS.get(named) if isinstance(named, str) else named
+
+
+def _metrics(node: Mapping[str, Any], metrics: Iterable[str]) -> Iterator[str]:
+    """Metrics that would be refused at the first evaluation only, when a part of the training is done."""
+    if getattr(_kind(node), "evaluate", None) is CocoDataset.evaluate:
+        for metric in metrics:
+            if metric not in COCO_METRICS:
+                yield f"evaluation metric {metric!r}: not known; allowed: {', '.join(COCO_METRICS)}"
+
+
 def _use(node: Mapping[str, Any], where: str, trained: bool, metrics: Sequence[str], allow_others: bool) -> Use | None:
     """How a run uses a data set; None when its annotation file is not read as CocoDataset or LVIS read theirs."""
-    named = node.get("type")
-    kind: Any = DATASETS.get(named) if isinstance(named, str) else named
+    kind = _kind(node)
     reader = getattr(kind, "load_annotations", None)
     lvis = any(reader is known.load_annotations for known in _LVIS)
     if reader is not CocoDataset.load_annotations and not lvis:

@@ -13,6 +13,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 
+from agvm_ds.bases import base_from_json
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.deepspeed_json import BATCH_KEYS
 from agvm_ds.support import refuse_by_deepspeed
@@ -117,6 +118,8 @@ def _settle_optimizer(plan: Plan, cfg: Config) -> None:
     if not block:
         plan.notes.append(f"optimizer {own.type} from the mmdet config")
         return
+    if plan.agvm is not None:
+        base_from_json(plan.deepspeed)
     aside = f"; the config's {own.type} is set aside" if own else ""
     plan.notes.append(f"optimizer {block.get('type')} from the DeepSpeed JSON{aside}")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmcv
@@ -17,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 from mmcv.runner import build_runner
 from mmdet import __version__ as mmdet_version
+from mmdet.datasets import NumClassCheckHook
 from mmdet.models import build_detector
 from mmdet.utils import get_root_logger
 from torch import nn
@@ -74,6 +76,7 @@ def train(options: TrainOptions) -> None:
     loaders = data.phase_loaders(cfg, plan.batch)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
     detector = make_detector(cfg, plan, loader.dataset.CLASSES)
+    check_num_classes(cfg, detector, loader)
     unrounded = keep_unrounded(detector) if plan.half else {}
     setup = optimizer.build(detector, cfg, plan)
     engine, *_ = agvm_ds.initialize(
@@ -140,6 +143,16 @@ def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
     if plan.half:
         enable_half(detector, plan.half)
     return detector
+
+
+def check_num_classes(cfg: Config, detector: nn.Module, loader: Any) -> None:
+    """NumClassCheckHook's own check, where the config has it, before anything is trained."""
+    hooks = cfg.get("custom_hooks") or []
+    if any(hook["type"] == "NumClassCheckHook" for hook in (hooks if isinstance(hooks, (list, tuple)) else [hooks])):
+        with blamed("num_classes in the model, or classes of the data"):
+            NumClassCheckHook().before_train_epoch(
+                SimpleNamespace(model=detector, data_loader=loader, logger=get_root_logger())
+            )
 
 
 def make_runner(
