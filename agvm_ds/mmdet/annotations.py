@@ -12,7 +12,7 @@ What mmdet 2.28 and pycocotools 2.0 do with it, as tried, and what is done here:
 | a category that is not listed, or not in the classes | left out in silence | refused; the latter may be allowed |
 | a category id or name twice, a class whose absence moves the labels of others | wrong labels in silence | refused |
 | categories in another order than the classes | labels in the file's order, names in the classes' | noted |
-| a box with NaN or infinity | trained on: the loss is NaN | refused |
+| a box with NaN, with infinity | left out in silence; trained on, to a loss of NaN | refused |
 | a box of negative width or height | left out; a sign of [x1, y1, x2, y2] | refused |
 | a box of less than a pixel, of area 0, or wholly outside its image | left out of training | noted |
 | a box that reaches over the border | clipped when it is resized | accepted |
