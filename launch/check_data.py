@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--allow-other-categories", action="store_true", help="as in launch/train.py")
     parser.add_common()
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: must be at least 1")
     checked = check_data(read_config(args.config, args.cfg_options), args.splits, args.allow_other_categories)
     if args.decode:
         decode(checked, args.workers)

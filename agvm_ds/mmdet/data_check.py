@@ -19,8 +19,10 @@ from mmcv import Config
 from mmdet.datasets import DATASETS, CocoDataset, LVISV05Dataset, LVISV1Dataset
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.annotations import Report, Use, check_annotations
+from agvm_ds.mmdet.annotations import Use, check_annotations
+from agvm_ds.mmdet.configs import blamed
 from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.findings import Report
 from agvm_ds.mmdet.images import Image, check_files
 
 SPLITS = ("train", "val", "test")
@@ -44,6 +46,11 @@ class Source:
     use: Use | None
     """None for a kind that is not looked through."""
     report: Report | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for data sets that are looked through alike."""
+        return self.file, self.folder, self.use, str(self.loader)
 
     @property
     def loader(self) -> Mapping[str, Any]:
@@ -88,21 +95,31 @@ def check_data(
     checked = Checked()
     asked = metrics or cfg.get("evaluation", {}).get("metric", ())
     evaluated = [asked] if isinstance(asked, str) else list(asked)
-    reports: dict[tuple[Any, ...], Report] = {}
     for split in splits:
         for where, node in _data_sets(cfg.data.get(split), f"data.{split}"):
-            missing = list(_missing(node, where))
-            checked.problems += [*missing, *(_metrics(node, evaluated) if split != "train" else ())]
-            for source in [] if missing else _sources(node, where, split == "train", evaluated, allow_others):
-                checked.sources.append(source)
-                key = (source.file, source.folder, source.use, str(source.loader))
-                if source.use is not None and key not in reports:
-                    source.report = check_annotations(source.file, source.use)
-                    check_files(source.images, source.report)
-                    reports[key] = source.report
-                source.report = reports.get(key)
+            try:
+                with blamed(where):
+                    _check_data_set(checked, node, where, split == "train", evaluated, allow_others)
+            except ConfigError as error:
+                checked.problems.append(str(error))
     checked.problems += _disagreements(checked.sources)
     return checked
+
+
+def _check_data_set(
+    checked: Checked, node: Mapping[str, Any], where: str, trained: bool, metrics: Sequence[str], allow_others: bool
+) -> None:
+    """Look through one data set of a config; a file that several share in the same way, once."""
+    missing = list(_missing(node, where))
+    checked.problems += [*missing, *(() if trained else _metrics(node, metrics))]
+    for source in [] if missing else _sources(node, where, trained, metrics, allow_others):
+        same = next((known for known in checked.sources if known.key == source.key), None)
+        if same is not None:
+            source.report = same.report
+        elif source.use is not None:
+            source.report = check_annotations(source.file, source.use)
+            check_files(source.images, source.report)
+        checked.sources.append(source)
 
 
 def check_on_hosts(

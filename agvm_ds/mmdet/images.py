@@ -32,7 +32,7 @@ import mmcv
 from mmdet.datasets.pipelines import Compose
 
 from agvm_ds.mmdet import errors
-from agvm_ds.mmdet.annotations import Report
+from agvm_ds.mmdet.findings import Report
 
 UNREADABLE = "image that cannot be decoded: truncated, or no image"
 

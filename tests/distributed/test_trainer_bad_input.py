@@ -104,6 +104,8 @@ MISTAKES = {
     "annotations cut short": Mistake(
         "cut.json: not JSON: ", options={"data.train.ann_file": "{place}/cut.json"}, prepare=cut_annotations
     ),
+    "a class without a comma": Mistake("a string names a file of classes", options={"data.train.classes": "cat"}),
+    "prefix of another kind": Mistake("data.train: cannot be built: TypeError", options={"data.train.img_prefix": "5"}),
     "annotations to validate": Mistake(
         "box of negative width or height", options={"data.val.ann_file": "{place}/damaged.json"}, prepare=damage
     ),

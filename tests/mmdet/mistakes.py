@@ -189,6 +189,12 @@ CONFIG = {
     "config: one class, no comma": bad(
         "data.train.classes = 'cat'", '("name",)', config='data["train"]["classes"] = ("cat")'
     ),
+    "config: image folder a number": bad(
+        "data.train: cannot be built: TypeError", config='data["train"]["img_prefix"] = 5'
+    ),
+    "config: pipeline of strings": bad(
+        "data.train: cannot be built", config='data["train"]["pipeline"] = ["LoadImageFromFile"]'
+    ),
     "config: no annotation file": bad(
         "data.train.ann_file: not found: no.json", config='data["train"]["ann_file"] = "no.json"'
     ),

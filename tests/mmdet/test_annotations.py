@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from mmdet.datasets import CocoDataset
 
-from agvm_ds.mmdet.annotations import LISTED, Report, Use, check_annotations
+from agvm_ds.mmdet.annotations import Use, check_annotations
+from agvm_ds.mmdet.findings import LISTED, Report
 from tests.mmdet import coco
 from tests.mmdet.coco import first, first_image
 
 SECONDS = 10.0
-"""For 100,000 annotations, 92 MB: measured 3 s on one core, 2.3 of them json's own."""
+"""Of one processor, for 100,000 annotations, 92 MB: measured 3, 2.3 of them json's own."""
 
 
 def looked_through(place: Path, change: Callable[[dict[str, Any]], Any], **use: Any) -> Report:
@@ -130,7 +131,7 @@ def test_a_hundred_thousand_annotations_take_seconds(tmp_path: Path) -> None:
     categories = [{"id": i, "name": name} for i, name in enumerate(coco.CLASSES)]
     path = tmp_path / "large.json"
     path.write_text(json.dumps({"images": images, "annotations": notes, "categories": categories}))
-    begun = time.monotonic()
+    begun = time.process_time()
     report = check_annotations(path, Use(coco.CLASSES, masks=True))
-    assert time.monotonic() - begun < SECONDS
+    assert time.process_time() - begun < SECONDS
     assert (report.refused, report.noted, report.annotations) == ({}, {}, 100_000)

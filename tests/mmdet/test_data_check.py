@@ -160,6 +160,8 @@ def test_the_command_ends_with_2_and_decodes_when_asked(
     assert check(tmp_path, monkeypatch) == 0
     assert check(tmp_path, monkeypatch, "--decode", "--workers", "2") == 2
     assert "image that cannot be decoded" in capsys.readouterr().out
+    assert check(tmp_path, monkeypatch, "--decode", "--workers", "0") == 2
+    assert "--workers 0: must be at least 1" in capsys.readouterr().err
 
 
 def test_the_command_tells_notes_and_refusals_apart(

@@ -14,7 +14,7 @@ from PIL import Image as Picture
 from torch.utils.data import DataLoader
 
 from agvm_ds.mmdet import errors
-from agvm_ds.mmdet.annotations import Report
+from agvm_ds.mmdet.findings import Report
 from agvm_ds.mmdet.images import (
     UNREADABLE,
     Image,
