@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import hjson
 import torch
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch import nn
 from torch.optim import Optimizer
 
 from agvm_ds.bases import base_from_json, offloads, warning_of
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.controller import Controller
+from agvm_ds.deepspeed_json import load_config, unknown_keys
 from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.monitor import deepspeed_events
 from agvm_ds.optimizer import AGVM
 from agvm_ds.shards import shards_of
-from agvm_ds.support import refuse_configuration, refuse_unsupported
+from agvm_ds.support import refuse_by_deepspeed, refuse_configuration, refuse_unsupported
 
 logger = logging.getLogger("agvm_ds")
 
@@ -65,6 +64,8 @@ def initialize(
     config.setdefault("zero_allow_untested_optimizer", True)
     if block is not None:
         refuse_configuration(config)
+    refuse_by_deepspeed(config)
+    if block is not None:
         _refuse_layout(model)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
         model_parameters = None
@@ -72,23 +73,9 @@ def initialize(
         args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
     )
     attach(result[0])
+    if (unknown := unknown_keys(config)) and result[0].global_rank == 0:
+        logger.warning("the DeepSpeed config has keys that neither DeepSpeed nor AGVM reads: %s", ", ".join(unknown))
     return result
-
-
-def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration as a dict of its own. Raises ConfigError with the position of a mistake in the file."""
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
-    path = Path(config)
-    if not path.is_file():
-        raise ConfigError(f"DeepSpeed config not found: {path}")
-    try:
-        loaded = hjson.loads(path.read_text(), object_pairs_hook=dict_raise_error_on_duplicate_keys)
-    except ValueError as error:
-        raise ConfigError(f"{path}: not a DeepSpeed config: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: not a DeepSpeed config: must be a JSON object")
-    return dict(loaded)
 
 
 def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:

@@ -12,7 +12,8 @@ from agvm_ds.mmdet.ema import EMA_HOOKS
 from agvm_ds.mmdet.nonfinite import KEY
 from agvm_ds.mmdet.plan import Plan
 
-RUNNERS = ("EpochBasedRunner", "IterBasedRunner")
+RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}
+"""Type -> the key that says how long it runs."""
 PHASES = ("train", "val")
 
 
@@ -28,6 +29,10 @@ def refuse_unsupported(cfg: Config, plan: Plan) -> None:
 def _runner(cfg: Config) -> Iterator[str]:
     if cfg.runner.get("type") not in RUNNERS:
         yield f"runner.type = {cfg.runner.get('type')!r}: allowed: {', '.join(RUNNERS)}"
+    elif cfg.runner.get(RUNNERS[cfg.runner.type]) is None:
+        yield f"runner: {cfg.runner.type} needs {RUNNERS[cfg.runner.type]}"
+    if "train" not in cfg.data:
+        yield "data.train: is missing"
     phases = [phase[0] for phase in cfg.get("workflow", [])]
     if "train" not in phases or not set(phases) <= set(PHASES):
         yield f"workflow = {cfg.get('workflow')}: its phases must be 'train' and, if wanted, 'val'"

@@ -66,9 +66,13 @@ class Peer:
 
 
 class RankWatch:
-    """Listens for SIGTERM from its making on; ``on_death`` is called in a thread with the ranks that died."""
+    """Knows which ranks of this host live; every rank must make one at once.
 
-    def __init__(self, on_death: Callable[[RankDied], None]) -> None:
+    stops: listen for SIGTERM from now on, and ask ``stop_asked`` between updates; else it ends the process, as ever.
+    on_death: called in a thread when SIGTERM came for the death of others.
+    """
+
+    def __init__(self, on_death: Callable[[RankDied], None], stops: bool = True) -> None:
         self._on_death = on_death
         self._asked = threading.Event()
         self._stopping = False
@@ -77,7 +81,8 @@ class RankWatch:
         found: list[Any] = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(found, mine)
         self._peers: list[Peer] = [peer for peer in found if peer != mine]
-        self._listen()
+        if stops:
+            self._listen()
 
     def _listen(self) -> None:
         read, write = os.pipe()

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmcv
@@ -16,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 from mmcv.runner import build_runner
 from mmdet import __version__ as mmdet_version
+from mmdet.datasets import NumClassCheckHook
 from mmdet.models import build_detector
 from mmdet.utils import get_root_logger
 from torch import nn
@@ -23,11 +25,12 @@ from torch import nn
 import agvm_ds
 from agvm_ds.checkpoints import Placed
 from agvm_ds.config import ConfigError
-from agvm_ds.engine import load_config
+from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, refuse_nothing_to_resume
-from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config
+from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError, tell_dead
 from agvm_ds.mmdet.evaluate import plain_detector
@@ -79,14 +82,15 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     """A run whose ranks have met."""
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
-    data.check_files(cfg, splits_read(options, cfg))
+    plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
     logger = session.open_log(cfg, work_dir)
     seed = session.settle_seed(cfg, options.seed, options.diff_seed, options.deterministic)
-    loaders = data.phase_loaders(cfg, plan.batch, options.allow_other_categories)
+    loaders = data.phase_loaders(cfg, plan.batch)
     for phase_loader in loaders:
         shield_workers(phase_loader)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
     detector = make_detector(cfg, plan, loader.dataset.CLASSES, options.trust_checkpoint)
+    check_num_classes(cfg, detector, loader)
     setup = optimizer.build(detector, cfg, plan)
     unrounded = keep_unrounded(detector) if plan.half else {}
     saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
@@ -146,7 +150,8 @@ def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
 
 def make_detector(cfg: Config, plan: Plan, classes: Any, trust: bool = False) -> nn.Module:
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
-    detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    with blamed("model"):
+        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     on_cpu = get_accelerator().device_name() == "cpu"
     if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules()):
         raise ConfigError("the detector has SyncBN, which needs a GPU; on a CPU set norm_cfg.type to BN or GN")
@@ -161,6 +166,16 @@ def make_detector(cfg: Config, plan: Plan, classes: Any, trust: bool = False) ->
     if plan.half:
         enable_half(detector, plan.half)
     return detector
+
+
+def check_num_classes(cfg: Config, detector: nn.Module, loader: Any) -> None:
+    """NumClassCheckHook's own check, where the config has it, before anything is trained."""
+    hooks = cfg.get("custom_hooks") or []
+    if any(hook["type"] == "NumClassCheckHook" for hook in (hooks if isinstance(hooks, (list, tuple)) else [hooks])):
+        with blamed("num_classes in the model, or classes of the data"):
+            NumClassCheckHook().before_train_epoch(
+                SimpleNamespace(model=detector, data_loader=loader, logger=get_root_logger())
+            )
 
 
 def make_runner(
@@ -190,14 +205,15 @@ def make_runner(
         },
     )
     runner.timestamp = cfg.timestamp
-    runner.register_training_hooks(
-        cfg.get("lr_config"),
-        None,  # DeepSpeed's engine.step() is the optimizer hook
-        None,
-        cfg.get("log_config"),
-        cfg.get("momentum_config"),
-        custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
-    )
+    with blamed("lr_config, log_config, momentum_config or custom_hooks"):
+        runner.register_training_hooks(
+            cfg.get("lr_config"),
+            None,  # DeepSpeed's engine.step() is the optimizer hook
+            None,
+            cfg.get("log_config"),
+            cfg.get("momentum_config"),
+            custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
+        )
     if cfg.get("checkpoint_config"):
         settings = {"by_epoch": kind == "EpochBasedRunner", **cfg.checkpoint_config}
         runner.register_hook(EngineCheckpointHook(**settings), priority="NORMAL")
@@ -211,7 +227,7 @@ def add_evaluation(options: TrainOptions, cfg: Config, runner: Any) -> EngineEva
     """mmdet's evaluation, as the config's ``evaluation`` says."""
     settings = {**cfg.get("evaluation", {}), "by_epoch": cfg.runner.type != "IterBasedRunner"}
     detector = plain_detector(cfg, runner.engine.device)
-    loader = data.test_loader(cfg, "val", options.allow_other_categories)
+    loader = data.test_loader(cfg, "val")
     shield_workers(loader)
     hook = EngineEvalHook(loader, **settings, detector=detector, engine=runner.engine)
     runner.register_hook(hook, priority="LOW")
