@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.faulttable import show
+from tests.faults.table import show
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
-from tests.faulttable import survived
-from tests.injection import config_lines
+from tests.faults.processes import config_lines
+from tests.faults.table import survived
 from tests.launch import launch_port
 from tests.trainer import ROOT, Outcome, cfg_options, data_options, launch, write_config, write_json
 
@@ -36,6 +36,7 @@ OPTIONS = {
     "evaluation.interval": 1,
     "checkpoint_config.interval": 1,
     "data.samples_per_gpu": 2,
+    "data.workers_per_gpu": 1,
 }
 """Three epochs of six updates of two accumulation steps; warm-up ends, and the rate falls, on the way."""
 EPOCH = 6
@@ -97,17 +98,24 @@ EXTENDED = pytest.mark.extended
 
 
 @pytest.mark.parametrize(
-    "where", [pytest.param("forward", marks=EXTENDED), "backward", pytest.param("measure", marks=EXTENDED), "saving"]
+    ("where", "rank"),
+    [
+        pytest.param("forward", 1, marks=EXTENDED),
+        ("backward", 1),
+        pytest.param("measure", 1, marks=EXTENDED),
+        ("saving", 1),
+        ("committing", 0),
+    ],
 )
-def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, runs: Runs) -> None:
+def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, rank: int, runs: Runs) -> None:
     """Killed in update 8, two after the checkpoint of epoch 1; or while that of epoch 2 is written."""
     work = runs.place / f"killed_{where}"
     started = time.monotonic()
-    outcome = runs.go(work, config_lines("Killed", rank=1, update=EPOCH + 2, where=where))
+    outcome = runs.go(work, config_lines("Killed", rank=rank, update=EPOCH + 2, where=where))
     seconds = time.monotonic() - started
-    assert outcome.codes == [1, -signal.SIGKILL], outcome.output
+    assert (outcome.codes[rank], outcome.codes[1 - rank]) == (-signal.SIGKILL, 1), outcome.output
     assert outcome.output.count("error: ") == 1
-    assert "error: rank 1 has died" in outcome.output
+    assert f"error: rank {rank} has died" in outcome.output
     assert (work / "deepspeed" / "latest").read_text() == "epoch_1"
     resumed = runs.resume(work)
     assert resumed.good, resumed.output

@@ -25,7 +25,7 @@ FAULTS = [
 """(update, rank, micro-batch, kind): three updates an epoch, and the third in a row ends the third epoch."""
 
 CONFIG = """
-custom_imports = dict(imports=["tests.faults"])
+custom_imports = dict(imports=["tests.faults.numbers"])
 custom_hooks.append(dict(type="FaultHook", faults={faults}, place="{place}"))
 {norm}
 max_nonfinite_updates = {limit}

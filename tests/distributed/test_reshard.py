@@ -92,6 +92,17 @@ def targets(source: Run, ranks: int) -> list[Run]:
     return moved
 
 
+def settle(engine: Any) -> None:
+    """Each group goes on with a rate and a decay of its own."""
+    for index, group in enumerate(engine.basic_optimizer.param_groups):
+        group["lr"] *= 1 + index / 10
+        group["weight_decay"] *= 1 + index / 5
+
+
+def settings(engine: Any) -> list[tuple[float, float]]:
+    return [(group["lr"], group["weight_decay"]) for group in engine.basic_optimizer.param_groups]
+
+
 def save(engine: Any, placed: Placed, place: Path, run: Run) -> None:
     Vault(place).save(engine, str(run), {"agvm": engine.agvm and engine.agvm.state_dict()}, layout_of(engine, placed))
 
@@ -109,8 +120,9 @@ def sources(place: Path) -> dict[Run, Any]:
         with run.start() as (engine, placed):
             for t in range(SAVED):
                 update(engine, t)
+            settle(engine)
             save(engine, placed, place, run)
-            seen = masters(engine), moments(engine)
+            seen = masters(engine), moments(engine), settings(engine)
             for t in range(SAVED, ALL):
                 update(engine, t)
             found[run] = *seen, masters(engine)
@@ -154,7 +166,7 @@ def moved(place: Path, ranks: int) -> dict[tuple[Run, Run], Any]:
                 steps = engine.global_steps
                 for t in range(SAVED, ALL):
                     update(engine, t)
-                found[source, run] = lost, steps, masters(engine)
+                found[source, run] = lost, steps, masters(engine), settings(engine)
     return found
 
 
@@ -178,7 +190,7 @@ def after(place: Path, before: dict[Run, Any]) -> dict[tuple[Run, Run], Any]:
 
 @pytest.mark.parametrize("run", SOURCES, ids=str)
 def test_a_checkpoint_read_whole_is_what_the_engine_had(run: Run, place: Path, before: dict[Run, Any]) -> None:
-    weights, states, _ = before[run]
+    weights, states, *_ = before[run]
     saved = whole(place, run)
     assert identical(dict(sorted(saved.weights().items())), dict(sorted(weights.items())))
     for name, state in states.items():
@@ -192,7 +204,7 @@ def test_nothing_is_lost_in_another_layout(
     source: Run, run: Run, place: Path, before: dict[Run, Any], after: dict[tuple[Run, Run], Any]
 ) -> None:
     """Saved again from there it is the same to the bit; and training goes on as it would have, but for rounding."""
-    lost, steps, end = after[source, run]
+    lost, steps, end, kept = after[source, run]
     one, other = whole(place, source), whole(place / f"from {source}", run)
     assert lost == []
     assert steps == SAVED
@@ -201,8 +213,10 @@ def test_nothing_is_lost_in_another_layout(
         assert identical(
             dict(sorted(one.parameter(name).state.items())), dict(sorted(other.parameter(name).state.items()))
         )
+    if not run.modules:
+        assert kept == before[source][2], "rates and decays are those of the checkpoint"
     if run.agvm and not run.modules:
         # aux_head has no gradient: DeepSpeed's stage 0 leaves it alone, the others step it with a gradient of zero.
         names = [name for name in end if not name.startswith("aux_head")]
-        off = {name: (end[name] - before[source][2][name]).abs().max().item() for name in names}
+        off = {name: (end[name] - before[source][3][name]).abs().max().item() for name in names}
         assert max(off.values()) < (2e-2 if run.bf16 else 2e-6), off

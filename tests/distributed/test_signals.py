@@ -46,7 +46,12 @@ def left_alone(place: Path) -> Any:
         (place / "result_1").write_bytes(b"N.")
         os._exit(0)
     found = []
-    for error in (RuntimeError("closed"), NotWrittenError("closed"), CheckpointError("mistake"), ConfigError("mistake")):
+    for error in (
+        RuntimeError("closed"),
+        NotWrittenError("closed"),
+        CheckpointError("mistake"),
+        ConfigError("mistake"),
+    ):
         try:
             with watch.naming_the_dead():
                 raise error

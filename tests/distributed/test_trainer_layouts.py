@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
-from tests.faulttable import survived
+from tests.faults.table import survived
 from tests.trainer import Outcome, cfg_options, data_options, launch, write_config, write_json
 
 AGVM = {"interval": 2, "ema_decay": 0.5, "start_step": 1}

@@ -13,7 +13,6 @@ from mmdet.datasets import CocoDataset, ConcatDataset, RepeatDataset
 from PIL import Image as Picture
 from torch.utils.data import DataLoader
 
-from agvm_ds.mmdet import errors
 from agvm_ds.mmdet.findings import Report
 from agvm_ds.mmdet.images import (
     UNREADABLE,

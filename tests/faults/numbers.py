@@ -1,6 +1,6 @@
 """An mmcv hook that gives one micro-batch of one rank a bad loss or gradient, and records what every update changed.
 
-For configs: ``custom_imports = dict(imports=["tests.faults"])`` and
+For configs: ``custom_imports = dict(imports=["tests.faults.numbers"])`` and
 ``custom_hooks = [dict(type="FaultHook", faults=[(update, rank, micro-batch, kind)], place=folder)]``.
 """
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from mmcv.runner import HOOKS, Hook
 
+from agvm_ds.checkpoints import vault
+
 
 def config_lines(kind: str, **settings: Any) -> str:
     """Lines of a config that cause a fault."""
     words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     return (
-        'custom_imports = dict(imports=["tests.injection"])\n'
+        'custom_imports = dict(imports=["tests.faults.processes"])\n'
         f'custom_hooks = [*globals().get("custom_hooks", []), dict(type="{kind}", {words})]'
     )
 
@@ -50,6 +52,10 @@ class Killed(Hook):
         """With half of a file written."""
         engine = runner.engine.checkpoint_engine
         engine.save = _half(engine.save)
+
+    def _in_committing(self, runner: Any) -> None:
+        """With every file written, before the checkpoint has its name."""
+        vault._rename = die
 
 
 def _half(save: Callable[..., None]) -> Callable[..., None]:
