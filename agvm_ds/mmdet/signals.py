@@ -138,12 +138,23 @@ def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
 
 
 def shield_workers(loader: Any) -> None:
-    """Let a loader's workers live on when the launcher sends SIGTERM to all processes: the update in hand needs them."""
+    """Let a loader's workers live on when the launcher sends SIGTERM to all processes: the update in hand needs them.
+
+    They still end when their own rank says so, which is how Python ends them with it.
+    """
     initialize = loader.worker_init_fn
 
     def shielded(worker: int) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
         if initialize is not None:
             initialize(worker)
 
     loader.worker_init_fn = shielded
+
+
+def _end_by(parent: int) -> None:
+    """End this process when its parent sends SIGTERM, which is blocked for all others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

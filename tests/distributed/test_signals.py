@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 from deepspeed import comm
+from torch.utils.data import DataLoader
 
 from agvm_ds.checkpoints import CheckpointError, NotWrittenError
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.errors import RankDied
-from agvm_ds.mmdet.signals import RankWatch
+from agvm_ds.mmdet.signals import RankWatch, shield_workers
 from tests.launch import run_ranks
 
 
@@ -88,3 +90,19 @@ def test_sigterm_after_a_death_ends_a_rank_that_waits_in_a_collective(tmp_path: 
         run_ranks(waits, 2, tmp_path, tmp_path, timeout=60)
     assert time.monotonic() - begin < 30
     assert "rank 1 has died" in (tmp_path / "told").read_text()
+
+
+def test_data_workers_outlive_the_launchers_sigterm_and_end_with_their_rank() -> None:
+    loader = DataLoader(range(100), num_workers=1)  # type: ignore[arg-type]
+    shield_workers(loader)
+    items = iter(loader)
+    assert next(items).item() == 0
+    (worker,) = items._workers  # type: ignore[attr-defined]
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert [item.item() for item in items] == list(range(1, 100))
+    items = iter(loader)
+    next(items)
+    (worker,) = items._workers  # type: ignore[attr-defined]
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

@@ -18,17 +18,19 @@ from agvm_ds.mmdet.nonfinite import MicroBatch, NonFiniteError, NumberWatch, _no
 from agvm_ds.mmdet.overflow import loss_scaled
 from agvm_ds.mmdet.plan import Batch, Plan
 
+PLAIN = {"runner": {"type": "IterBasedRunner", "max_iters": 1}, "workflow": [("train", 1)], "data": {"train": {}}}
+
 
 @pytest.mark.parametrize("value", [-1, 1.0, True, "2", None, [1]])
 def test_the_key_must_be_a_number_of_updates(value: Any) -> None:
-    cfg = Config({"runner": {"type": "IterBasedRunner"}, "workflow": [("train", 1)], "max_nonfinite_updates": value})
+    cfg = Config({**PLAIN, "max_nonfinite_updates": value})
     with pytest.raises(ConfigError, match=r"max_nonfinite_updates = .*: must be an integer: how many updates in a row"):
         refuse_unsupported(cfg, Plan({}, Batch(4, 2, 1, 2), None))
 
 
 @pytest.mark.parametrize("value", [{}, {"max_nonfinite_updates": 0}, {"max_nonfinite_updates": 7}])
 def test_zero_and_more_are_allowed(value: dict[str, Any]) -> None:
-    cfg = Config({"runner": {"type": "IterBasedRunner"}, "workflow": [("train", 1)], **value})
+    cfg = Config({**PLAIN, **value})
     refuse_unsupported(cfg, Plan({}, Batch(4, 2, 1, 2), None))
 
 
