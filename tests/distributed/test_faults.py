@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,24 +157,30 @@ def test_sigterm_while_evaluating(runs: Runs) -> None:
     survived("SIGTERM while evaluating", "saved; --resume evaluates first", runs.lost(work))
 
 
+@contextmanager
+def waiting(runs: Runs, work: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launch by DeepSpeed's launcher, which waits in update 8 until the end of the context; then it has ended."""
+    waits, until = work.with_suffix(".waits"), work.with_suffix(".until")
+    fault = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(until))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with launch_port() as port, work.with_suffix(".txt").open("w") as log:
+        words = ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/train.py")]
+        command = [*words, *runs.words(work, fault)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        _until(waits.exists)
+        yield process
+        until.touch()
+        process.wait(timeout=120)
+        _until(lambda: not _in_group(process.pid))  # DeepSpeed's launcher outlives its command
+
+
 def test_sigterm_to_the_launcher(runs: Runs) -> None:
     """DeepSpeed's launcher passes it to one rank after the other, data workers included, and waits 30 seconds for each."""
     work = runs.place / "launcher"
-    waits, until = work.parent / "waits", work.parent / "until"
-    fault = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(until))
-    with launch_port() as port:
-        words = ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/train.py")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [*words, *runs.words(work, fault)]
-        with (work.parent / "launcher.txt").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            _until(waits.exists)
-            os.killpg(process.pid, signal.SIGTERM)
-            time.sleep(1)
-            until.touch()
-            code = process.wait(timeout=60)
-            _until(lambda: not _in_group(process.pid))  # DeepSpeed's launcher outlives its command
-    output = (work.parent / "launcher.txt").read_text()
+    with waiting(runs, work) as process:
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(1)
+    output, code = work.with_suffix(".txt").read_text(), process.returncode
     assert code != 0
     assert f"stopped by SIGTERM after update {EPOCH + 2}" in output, output
     assert "Traceback" not in output
@@ -281,17 +289,9 @@ def test_keep_bounds_the_disk(runs: Runs) -> None:
 
 def test_a_second_launch_in_the_same_work_dir_is_refused(runs: Runs) -> None:
     work = runs.place / "twice"
-    waits, until = runs.place / "twice_waits", runs.place / "twice_until"
-    first = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(until))
-    with launch_port() as port:
-        words = ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/train.py")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (runs.place / "twice.txt").open("w") as log:
-            process = subprocess.Popen([*words, *runs.words(work, first)], env=environment, stdout=log, stderr=log)
-            _until(waits.exists)
-            second = runs.resume(work)
-            until.touch()
-            assert process.wait(timeout=120) == 0, (runs.place / "twice.txt").read_text()
+    with waiting(runs, work) as process:
+        second = runs.resume(work)
+    assert process.returncode == 0, work.with_suffix(".txt").read_text()
     assert second.codes == [2, 2]
     assert second.output.count("error: ") == 1
     assert "another launch is at work there (rank 0 is process" in second.output
