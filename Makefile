@@ -31,8 +31,7 @@ test: lint ## lint, then all tests
 	$(BIN)/python -m pytest
 
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 8 minutes)
-	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_trainer_layouts.py \
-		tests/distributed/test_nonfinite.py
+	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

@@ -206,7 +206,7 @@ class Controller:
                 f"the checkpoint's AGVM groups are {saved}, this run's are {self.groups}: they must agree"
             )
         factors = self._within_bounds(state["scale_factors"])
-        if same:
+        if strict:
             for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
                 group.update(settings)
         known = [name for name in self.modules if name in factors]

@@ -240,6 +240,8 @@ def _part_counts(optimizer: AGVM) -> None:
 
 def _restore(engine: Any, controller: Controller, client_state: Mapping[str, Any]) -> None:
     if STATE_KEY in client_state:
-        controller.load_state_dict(client_state[STATE_KEY])
+        for note in controller.load_state_dict(client_state[STATE_KEY]):
+            if engine.global_rank == 0:
+                logger.warning("AGVM: %s", note)
     elif engine.global_rank == 0:
         logger.warning("AGVM: the checkpoint has no AGVM state: scale factors start at 1")

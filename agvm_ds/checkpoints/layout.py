@@ -26,7 +26,7 @@ class Placed:
     """The optimizer's own, each with a unique ``"name"``."""
 
     @classmethod
-    def of(cls, module: torch.nn.Module, groups: Sequence[Mapping[str, Any]], optimizer: Any = None) -> Placed:
+    def of(cls, module: torch.nn.Module, groups: Sequence[Mapping[str, Any]]) -> Placed:
         """Of groups of ``agvm_ds.param_groups``, before the engine is made."""
         names = {id(p): name for name, p in module.named_parameters()}
         owned = [Owned(i, group[MODULE], p) for i, group in enumerate(groups) for p in group[PARAMS]]

@@ -32,13 +32,14 @@ def load_into(engine: Any, saved: WholeState, placed: Placed, layout: Layout) ->
     keeps = saved.layout.optimizer == layout.optimizer
     new = [name for name in placed.names if name not in saved.layout.parameters]
     engine.load_module_state_dict({"module": weights}, strict=True, fetch_z3_params=True)
-    target = _Target(engine, placed, saved, weights, keeps)
-    target.load()
+    keeps_scale = all(one.stage and one.precision == "float16" for one in (saved.layout, layout))
+    _Target(engine, placed, saved, weights, keeps, keeps_scale).load()
     for key in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, key, saved.common[key])
     if engine.lr_scheduler is not None and saved.common.get("lr_scheduler"):
         engine.lr_scheduler.load_state_dict(saved.common["lr_scheduler"])
-    lost = [] if keeps else [f"the optimizer's state: that of {saved.layout.optimizer} is not {layout.optimizer}'s"]
+    lost = [] if keeps_scale or "float16" not in (saved.layout.precision, layout.precision) else ["the loss scale"]
+    lost += [] if keeps else [f"the optimizer's state: that of {saved.layout.optimizer} is not {layout.optimizer}'s"]
     return lost + ([f"no optimizer state for {len(new)} parameters not trained before ({new[0]})"] if new else [])
 
 
@@ -57,9 +58,16 @@ class _Target:
     """The engine's side, by kind of DeepSpeed optimizer."""
 
     def __init__(
-        self, engine: Any, placed: Placed, saved: WholeState, weights: Mapping[str, torch.Tensor], keeps: bool
+        self,
+        engine: Any,
+        placed: Placed,
+        saved: WholeState,
+        weights: Mapping[str, torch.Tensor],
+        keeps: bool,
+        keeps_scale: bool,
     ) -> None:
-        self.engine, self.placed, self.saved, self.weights, self.keeps = engine, placed, saved, weights, keeps
+        self.engine, self.placed, self.saved, self.weights = engine, placed, saved, weights
+        self.keeps, self.keeps_scale = keeps, keeps_scale
 
     def load(self) -> None:
         if self.engine.zero_optimization():
@@ -79,7 +87,7 @@ class _Target:
         base = either(state, BASE_STATE)
         base["state"] = buffers if self.keeps else {}
         self._set_groups(base["param_groups"])
-        if self.saved.layout.stage and self.saved.layout.precision == "float16":
+        if self.keeps_scale:
             state |= {key: value for key, value in self.saved._zero(0).items() if key in _SCALER and key in state}
         states = [None] * comm.get_world_size()
         states[comm.get_rank()] = state

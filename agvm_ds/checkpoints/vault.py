@@ -66,6 +66,8 @@ class Manifest(BaseModel):
     update: int
     interim: bool
     """Written because the run had to stop; it goes when a later one is there."""
+    seed: int | None
+    """The run's, so that it can go on with the same one."""
     layout: Layout
     files: list[File]
 
@@ -97,17 +99,26 @@ class Vault:
 
     def by_age(self) -> list[str]:
         """Tags with a readable manifest, the newest first."""
-        updates = {}
-        for path in self.folder.glob(f"*/{MANIFEST}"):
+        ages = {}
+        for path in self.folder.glob(f"[!.]*/{MANIFEST}"):
             try:
-                updates[path.parent.name] = Manifest.model_validate_json(path.read_bytes()).update
-            except ValidationError:
-                continue  # damaged: never chosen, never removed
-        return sorted((tag for tag in updates if not tag.startswith(".")), key=updates.__getitem__, reverse=True)
+                found = Manifest.model_validate_json(path.read_bytes())
+            except (ValidationError, FileNotFoundError):
+                continue  # damaged: never chosen, never removed; or removed just now
+            ages[path.parent.name] = found.update, not found.interim, path.parent.name
+        return sorted(ages, key=ages.__getitem__, reverse=True)
 
     # What all ranks do together
 
-    def save(self, engine: Any, tag: str, client_state: dict[str, Any], layout: Layout, interim: bool = False) -> None:
+    def save(
+        self,
+        engine: Any,
+        tag: str,
+        client_state: dict[str, Any],
+        layout: Layout,
+        seed: int | None = None,
+        interim: bool = False,
+    ) -> None:
         """Write a checkpoint. Raises NotWrittenError when a file cannot be; the ones before are whole then."""
         draft = self.folder / f".{tag}.draft"
         self._once_a_folder(self._remove_drafts)
@@ -115,9 +126,12 @@ class Vault:
             engine.save_checkpoint(str(self.folder), tag=draft.name, client_state=client_state, save_latest=False)
             files = [_written(path) for path in _own_files(engine, self.folder, draft.name)]
         except (OSError, RuntimeError) as error:
-            raise self._unwritten(tag, error) from error
+            if isinstance(error, OSError) or _TORCH_WRITES in str(error):
+                _unlink(_own_files(engine, self.folder, draft.name))
+                raise self._unwritten(tag, error) from error
+            raise
         manifest = Manifest(
-            update=int(engine.global_steps), interim=interim, layout=layout, files=_union(files)
+            update=int(engine.global_steps), interim=interim, seed=seed, layout=layout, files=_union(files)
         ).model_dump_json()
         self._once_a_folder(lambda: _write(draft / MANIFEST, manifest))
         self._once_a_folder(lambda: _rename(draft, self.folder / tag))
@@ -125,35 +139,35 @@ class Vault:
 
     def problems(self, tag: str) -> list[str]:
         """What is wrong with a checkpoint's files, the ranks checking them together; empty when it is whole."""
+        return list(dict.fromkeys(_union(self._own_problems(tag))))
+
+    def _own_problems(self, tag: str) -> list[str]:
         try:
             manifest = self.manifest(tag)
         except CheckpointError as error:
             return [str(error)]
         if manifest is None:
-            return [] if (self.folder / tag).is_dir() else [f"{self.folder / tag}: missing"]
+            return [f"{self.folder / tag / MANIFEST}: missing"]
         mine = [f for f in manifest.files if f.rank % comm.get_world_size() == comm.get_rank()]
-        return _union([problem for f in mine if (problem := f.problem(self.folder / tag))])
+        return [problem for f in mine if (problem := f.problem(self.folder / tag))]
 
     def newest_whole(self, before: str) -> str | None:
         """The newest checkpoint, another than ``before``, with nothing wrong in it."""
-        return next((tag for tag in self.by_age() if tag != before and not self.problems(tag)), None)
+        return next((tag for tag in _agreed(self.by_age()) if tag != before and not self.problems(tag)), None)
 
     def prune(self, keep: int | None) -> None:
         """Remove all but the newest ``keep`` (None: all stay), and interim ones that are not the newest."""
-        tags = self.by_age()
-        old = set(tags[keep:]) if keep else set()
-        old |= {tag for tag in tags[1:] if (manifest := self.manifest(tag)) and manifest.interim}
-        self.remove(old - {self.latest() or ""})
+        self._once_a_folder(lambda: _remove(self.folder / tag for tag in self._old(keep)))
 
-    def remove(self, tags: Iterable[str]) -> None:
-        """Remove checkpoints."""
-        folders = [self.folder / tag for tag in tags]
-        self._once_a_folder(lambda: _remove(folders))
+    def _old(self, keep: int | None) -> set[str]:
+        tags = self.by_age()
+        interim = {tag for tag in tags[1:] if (manifest := self.manifest(tag)) and manifest.interim}
+        return (interim | set(tags[keep:] if keep else [])) - {self.latest() or ""}
 
     def set_aside(self) -> Path | None:
         """Give the folder of an earlier run another name, so that nothing in it is lost; where it is now."""
         aside = self.folder.with_name(f"{self.folder.name}_{_agreed(time.strftime('%Y%m%d_%H%M%S'))}")
-        there = _agreed(self.latest() is not None)
+        there = _agreed(self.folder.is_dir() and any(path.is_dir() for path in self.folder.glob("[!.]*")))
         if there:
             self._once_a_folder(lambda: _rename(self.folder, aside))
         return aside if there else None
@@ -201,6 +215,15 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_TORCH_WRITES = "inline_container"
+"""In every message of torch's writer, which has no exception of its own."""
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _own_files(engine: Any, folder: Path, tag: str) -> list[Path]:

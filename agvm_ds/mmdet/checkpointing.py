@@ -49,6 +49,16 @@ def refuse_nothing_to_resume(work_dir: Path) -> None:
         )
 
 
+def saved_seed(work_dir: Path) -> int | None:
+    """The seed of the run whose newest checkpoint is in a work dir; None when that is not known."""
+    vault = Vault(work_dir / STATE_DIR)
+    try:
+        manifest = vault.manifest(vault.latest() or "")
+    except CheckpointError:
+        return None  # a resume will say so
+    return manifest.seed if manifest is not None else None
+
+
 @dataclass(frozen=True)
 class Saving:
     """What a run keeps its state by."""
@@ -75,8 +85,8 @@ class Checkpointing:
 
     updates_per_epoch: int | None = None
     """None where epochs are not counted."""
-    _resumed = False
-    _began = False
+    _resumed_from: tuple[str, int] | None = None
+    """(tag, update)."""
     _layout: Layout | None = None
     _position = (0, 0)
     _epoch_start: dict[str, Any] | None = None
@@ -104,15 +114,19 @@ class Checkpointing:
 
         interim: it is there because the run stops, and goes when a later one is there.
         """
-        if not (self._resumed or self._began) and (aside := self.vault.set_aside()):
-            self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
-        self._began = True
+        if (tag, int(self.engine.global_steps)) == self._resumed_from:
+            return  # it is there already
         states: list[Any] = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(states, {"now": random_state(), "epoch_start": self._epoch_start})
         with trained_weights(self._hooks):
             state = {RUNNER_KEY: self._runner_state(states)}
-            self.vault.save(self.engine, tag, state, self.layout, interim)
+            self.vault.save(self.engine, tag, state, self.layout, state[RUNNER_KEY]["seed"], interim)
         self.vault.prune(self.saving.keep)
+
+    def set_earlier_aside(self) -> None:
+        """Before the first update of a new run; every rank must call it."""
+        if aside := self.vault.set_aside():
+            self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
 
     def _runner_state(self, states: list[Any]) -> dict[str, Any]:
         meta = plain(self.meta or {})
@@ -141,9 +155,9 @@ class Checkpointing:
         state = self._load(tag)
         self._refuse_other_pace(tag, state)
         self._iter = int(self.engine.global_steps)
+        self._resumed_from = tag, self._iter
         self._take_meta(state)
-        for hook, averages in zip(ema_hooks(self._hooks), state["averages"], strict=True):
-            hook.load_state(averages, self.engine.device)
+        self._take_averages(state["averages"])
         mine = None
         if len(state["random"]) == comm.get_world_size():
             mine = state["random"][self.rank]
@@ -151,8 +165,10 @@ class Checkpointing:
         else:
             ranks = comm.get_world_size(), len(state["random"])
             self.logger.warning("resumed on %d ranks from %d: data order and random state are not continued", *ranks)
-        self._resumed = True
-        self._continue(loader, tuple(state["position"]), mine and mine["now"])
+        epoch, done = state["position"]
+        was, now = state["updates_per_epoch"], self.updates_per_epoch
+        self._position = epoch, now if now is not None and (done == was or done > now) else done
+        self._continue(loader, self._position, mine and mine["now"])
         self.logger.info("resumed from %s at update %d, epoch %d", self.vault.folder / tag, self._iter, self._epoch)
 
     def _continue(self, loader: Any, position: tuple[int, int], now: dict[str, Any] | None) -> None:
@@ -181,23 +197,29 @@ class Checkpointing:
 
     def _load(self, tag: str) -> dict[str, Any]:
         """The runner's state, once the engine has loaded the rest."""
-        manifest = self.vault.manifest(tag)
-        folder = self.vault.folder / tag
-        if manifest is None:
-            self.logger.warning("%s has no manifest (DeepSpeed alone wrote it): its files are not checked", folder)
+        manifest, folder = self.vault.manifest(tag), self.vault.folder / tag
+        assert manifest is not None, "a checkpoint without one counts as damaged"
         try:
             with weights_only():
-                if manifest is None or manifest.layout == self.layout:
-                    return self._load_as_it_is(tag, manifest)
+                if manifest.layout == self.layout:
+                    return self._load_as_it_is(tag)
                 return self._load_resharded(folder, manifest)
         except ConfigError as error:
             raise CheckpointError(f"--resume: {folder}: {error}") from error
-        except (ZeRORuntimeException, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        except (
+            ZeRORuntimeException,
+            AssertionError,
+            EOFError,
+            LookupError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:
             raise CheckpointError(f"--resume: {folder} does not fit this run: {error}") from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"--resume: {folder} holds more than data, and is not read: {error}") from error
 
-    def _load_as_it_is(self, tag: str, manifest: Manifest | None) -> dict[str, Any]:
+    def _load_as_it_is(self, tag: str) -> dict[str, Any]:
         path, client_state = self.engine.load_checkpoint(str(self.vault.folder), tag=tag)
         if path is None:
             raise CheckpointError("DeepSpeed finds no checkpoint there")
@@ -221,6 +243,15 @@ class Checkpointing:
         agvm.resume_at(int(self.engine.global_steps))
         return agvm.load_state_dict(state, strict=False) if state else ["no scale factors to keep: they start at 1"]
 
+    def _take_averages(self, averages: list[Any]) -> None:
+        hooks = ema_hooks(self._hooks)
+        if len(hooks) != len(averages):
+            what = len(averages), len(hooks)
+            self.logger.warning("not kept: averaged weights: the checkpoint has %d sets of them, this run %d", *what)
+            return
+        for hook, saved in zip(hooks, averages, strict=True):
+            hook.load_state(saved, self.engine.device)
+
     def _take_meta(self, state: Mapping[str, Any]) -> None:
         if self.meta is None:
             return
@@ -232,11 +263,22 @@ class Checkpointing:
             )
 
     def _refuse_other_pace(self, tag: str, state: Mapping[str, Any]) -> None:
-        saved = {key: state[key] for key in self._pace()}
-        if saved != self._pace():
+        saved, here = {key: state[key] for key in self._pace()}, self._pace()
+        other_ranks = len(state["random"]) != comm.get_world_size()
+        if (
+            saved != here
+            and other_ranks
+            and saved["batch"] == here["batch"]
+            and None not in (*saved.values(), *here.values())
+        ):
+            # mmdet fills each rank's share up to whole micro-batches: so many updates more or less.
+            self.logger.warning(
+                "%s here, %s before: the epoch goes on where it was", _pace_text(here), _pace_text(saved)
+            )
+        elif saved != here:
             raise CheckpointError(
                 f"--resume: {self.vault.folder / tag} is of a run with {_pace_text(saved)}; this run has "
-                f"{_pace_text(self._pace())}: its schedule would go on in another place. Use the same batch and data, "
+                f"{_pace_text(here)}: its schedule would go on in another place. Use the same batch and data, "
                 "or start anew with --load-from"
             )
 

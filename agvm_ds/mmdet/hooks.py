@@ -71,7 +71,7 @@ class EngineEvalHook(DistEvalHook):
             with untouched_randomness():
                 key_score = self._measured(runner)
         except StopAsked:
-            runner.stop_in_evaluation()
+            runner.stop()
             raise
         runner.log_buffer.output["eval_iter_num"] = len(self.dataloader)
         return key_score

@@ -19,7 +19,7 @@ PHASES = ("train", "val")
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
     """Raise ConfigError with all of them together."""
-    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *_bad_updates(cfg)]
+    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *_bad_updates(cfg), *_writers(plan)]
     if problems:
         raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
     if cfg.get("auto_resume"):
@@ -66,3 +66,10 @@ def _bad_updates(cfg: Config) -> Iterator[str]:
             f"{KEY} = {value!r}: must be an integer: how many updates in a row whose loss or gradient is not finite are "
             "skipped; 0 stops at the first"
         )
+
+
+def _writers(plan: Plan) -> Iterator[str]:
+    """A checkpoint's digests are taken when DeepSpeed has come back from writing it."""
+    checkpoint = plan.deepspeed.get("checkpoint") or {}
+    if checkpoint.get("writer") or (plan.deepspeed.get("nebula") or {}).get("enabled"):
+        yield "DeepSpeed JSON: checkpoint.writer or nebula: writes checkpoints later, when their digests are taken already"

@@ -61,16 +61,10 @@ class EngineRunner(Checkpointing):
     def stop_if_asked(self) -> None:
         """Save, and raise Preempted on every rank, when any rank was sent SIGTERM; called between updates."""
         if self.watch.stop_asked(self.engine.device):
-            self._stop()
+            self.stop()
 
-    def stop_in_evaluation(self) -> None:
-        """Save, and raise Preempted; a resumed epoch then goes on with what follows its last update, evaluation included."""
-        epoch, done = self._position
-        if done == 0 and self.updates_per_epoch is not None:
-            self._position = epoch - 1, self.updates_per_epoch
-        self._stop()
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Save, and raise Preempted; every rank must call it."""
         self.save_state(f"update_{self.engine.global_steps}", interim=True)
         self.logger.warning("stopped by SIGTERM after update %d; --resume continues", self.engine.global_steps - 1)
         raise Preempted
@@ -103,7 +97,8 @@ class EpochBasedEngineRunner(EngineRunner, EpochBasedRunner):
     def train(self, data_loader: Any, **kwargs: Any) -> None:
         """One epoch, or after a resume the rest of one: with its first part's data read again and passed by.
 
-        A run that was stopped between an epoch's last update and what follows it goes on with what follows.
+        A state is saved before the epoch's evaluation and what else follows its last update, so a resumed run begins with
+        that: nothing of it is left out, wherever a run ends.
         """
         self.model.train()
         self.mode = "train"
@@ -120,13 +115,15 @@ class EpochBasedEngineRunner(EngineRunner, EpochBasedRunner):
             del self.data_batch
             self._iter += 1
             self.stop_if_asked()
-        self._position = self._epoch + 1, 0
         self.call_hook("after_train_epoch")
         self._epoch += 1
+        self._position = self._epoch, 0
 
     def _updates(self, data_loader: Any) -> Any:
         """(index in the epoch, data) of the updates still to do."""
         skip, self._skip = self._skip, 0
+        if skip >= len(data_loader):
+            return
         now = random_state()
         if skip and self._epoch_start is not None:
             set_random_state(self._epoch_start)

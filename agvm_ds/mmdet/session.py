@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import logging
@@ -69,7 +70,9 @@ def _lock(file: TextIO) -> str | None:
         file.seek(0)
         return f"another launch is at work there ({file.read().strip()}); wait for it, stop it, or use another folder"
     except OSError as error:
-        return f"cannot be locked: {error.strerror}"
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return f"cannot be locked: {error.strerror}"
+        logging.getLogger("agvm_ds").warning("this file system has no locks: nothing keeps a second launch out")
     file.truncate(0)
     file.write(f"rank 0 is process {os.getpid()} on {socket.gethostname()}, since {time.asctime()}\n")
     file.flush()

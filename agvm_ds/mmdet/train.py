@@ -28,7 +28,7 @@ from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
-from agvm_ds.mmdet.checkpointing import Saving, refuse_nothing_to_resume
+from agvm_ds.mmdet.checkpointing import Saving, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config
 from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
@@ -84,7 +84,9 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         session.make_demo_data(cfg)
     plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
     logger = session.open_log(cfg, work_dir)
-    seed = session.settle_seed(cfg, options.seed, options.diff_seed, options.deterministic)
+    asked = options.seed if options.seed is not None else cfg.get("seed")
+    asked = saved_seed(work_dir) if options.resume and asked is None else asked
+    seed = session.settle_seed(cfg, asked, options.diff_seed, options.deterministic)
     loaders = data.phase_loaders(cfg, plan.batch)
     for phase_loader in loaders:
         shield_workers(phase_loader)
@@ -104,9 +106,11 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
     clock = ThroughputHook()
     runner.register_hook(clock, priority="VERY_HIGH")
-    write_effective_configs(cfg, plan, engine, work_dir)
     if options.resume:
         runner.resume_state(loader, options.allow_older)
+    else:
+        runner.set_earlier_aside()
+    write_effective_configs(cfg, plan, engine, work_dir)
     if engine.agvm is not None and engine.global_rank == 0:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     for note in plan.notes:

@@ -16,7 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from mmcv.runner import load_checkpoint
 from torch import nn
 
-from agvm_ds.checkpoints import any_pickle, weights_only
+from agvm_ds.checkpoints import NotWrittenError, any_pickle, weights_only
 from agvm_ds.config import ConfigError
 
 StateDict = dict[str, torch.Tensor]
@@ -102,12 +102,21 @@ def _first_line(error: Exception) -> str:
 
 
 def publish(weights: StateDict, meta: Mapping[str, Any], path: Path, link: str | None = None) -> None:
-    """Write ``{"meta", "state_dict"}`` as plain mmdet reads it: whole or not at all. link: a symlink's name beside it."""
+    """Write ``{"meta", "state_dict"}`` as plain mmdet reads it: whole or not at all. link: a symlink's name beside it.
+
+    Raises NotWrittenError.
+    """
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        torch.save({"meta": dict(meta), "state_dict": weights}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with draft.open("wb") as file:
+            torch.save({"meta": dict(meta), "state_dict": weights}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        raise NotWrittenError(
+            f"{path} cannot be written: {_first_line(error)}; make room and continue with --resume"
+        ) from error
     os.replace(draft, path)
     if link is not None:
         draft_link = path.with_name(f".{link}.tmp")

@@ -52,10 +52,11 @@ class Runs:
     place: Path
     digits: Path
 
-    def words(self, work: Path, fault: str, *more: str, options: dict[str, Any] | None = None) -> list[str]:
+    def words(self, work: Path, fault: str, *more: str, seed: int | None = 0) -> list[str]:
         config, settings = write_config(work.parent / f"{work.name}_in", fault), write_json(work.parent, SETTINGS)
-        named = [str(config), "--deepspeed_config", str(settings), "--work-dir", str(work), "--seed", "0", *more]
-        return [*named, *cfg_options({**data_options(self.digits), **OPTIONS, **(options or {})})]
+        named = [str(config), "--deepspeed_config", str(settings), "--work-dir", str(work), *more]
+        named += [] if seed is None else ["--seed", str(seed)]
+        return [*named, *cfg_options({**data_options(self.digits), **OPTIONS})]
 
     def go(self, work: Path, fault: str = "", *more: str, ranks: int = 2, **options: Any) -> Outcome:
         return launch("train.py", self.words(work, fault, *more, **options), work.parent / f"{work.name}_in", ranks)
@@ -77,7 +78,12 @@ def _compared(one: Path, other: Path) -> dict[str, bool]:
         "weights": all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()),
         "scale factors": measures[0] == measures[1],
         "evaluations": scores[0] == scores[1],
+        "published epochs": _published(one) == _published(other),
     }
+
+
+def _published(work: Path) -> list[str]:
+    return sorted(path.name for path in work.glob("epoch_*.pth"))
 
 
 def _scores(work: Path) -> dict[int, float]:
@@ -107,6 +113,8 @@ EXTENDED = pytest.mark.extended
         pytest.param("measure", 1, marks=EXTENDED),
         ("saving", 1),
         ("committing", 0),
+        ("publishing", 0),
+        pytest.param("evaluating", 1, marks=EXTENDED),
     ],
 )
 def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, rank: int, runs: Runs) -> None:
@@ -118,13 +126,16 @@ def test_a_killed_rank_is_named_and_a_resume_loses_nothing(where: str, rank: int
     assert (outcome.codes[rank], outcome.codes[1 - rank]) == (-signal.SIGKILL, 1), outcome.output
     assert outcome.output.count("error: ") == 1
     assert f"error: rank {rank} has died" in outcome.output
-    assert (work / "deepspeed" / "latest").read_text() == "epoch_1"
+    epoch = 2 if where in ("publishing", "evaluating") else 1
+    assert (work / "deepspeed" / "latest").read_text() == f"epoch_{epoch}"
     resumed = runs.resume(work)
     assert resumed.good, resumed.output
-    assert f"at update {EPOCH}," in resumed.output
+    assert f"at update {EPOCH * epoch}," in resumed.output
     assert not list((work / "deepspeed").glob(".*")), "drafts are gone"
     survived(
-        f"SIGKILL of a rank, {where}", f"named, all ended in {seconds:.0f} s; --resume from epoch 1", runs.lost(work)
+        f"SIGKILL of a rank, {where}",
+        f"named, all ended in {seconds:.0f} s; --resume from epoch {epoch}",
+        runs.lost(work),
     )
 
 
@@ -278,13 +289,34 @@ def test_a_full_disk_leaves_the_checkpoint_before(runs: Runs) -> None:
     survived("disk full while saving", "told; the checkpoint before is whole; --resume", runs.lost(work))
 
 
+@EXTENDED
+def test_sigterm_in_the_evaluation_of_a_resumed_run_that_had_ended(runs: Runs) -> None:
+    """It has nothing left to train; resumed once more it must not begin again."""
+    work = runs.place / "ended"
+    shutil.copytree(runs.place / "whole", work, symlinks=True)
+    stopped = runs.go(work, config_lines("Terminated", rank=0, update=None, evaluating=True), "--resume")
+    assert stopped.codes == [EXIT_PREEMPTED] * 2, stopped.output
+    resumed = runs.resume(work)
+    assert resumed.good, resumed.output
+    assert "Epoch [" not in resumed.output, "nothing is trained"
+    survived("SIGTERM while a finished run evaluates", "saved; --resume evaluates", runs.lost(work))
+
+
+def test_the_seed_of_a_run_is_taken_up_by_a_resume_without_one(runs: Runs) -> None:
+    work = runs.place / "seed"
+    outcome = runs.go(work, config_lines("Terminated", rank=1, update=EPOCH + 2))
+    assert outcome.codes == [EXIT_PREEMPTED] * 2
+    resumed = runs.resume(work, seed=None)
+    assert resumed.good, resumed.output
+    survived("--resume without --seed", "the run's own is taken", runs.lost(work))
+
+
 def test_keep_bounds_the_disk(runs: Runs) -> None:
     work = runs.place / "keep"
     outcome = runs.go(work, "", "--keep", "1")
     assert outcome.good, outcome.output
     assert sorted(path.name for path in (work / "deepspeed").iterdir() if path.is_dir()) == ["epoch_3"]
-    assert sorted(path.name for path in work.glob("epoch_*.pth")) == ["epoch_3.pth"]
-    survived("--keep 1", "one checkpoint stays", runs.lost(work))
+    assert _published(work) == ["epoch_3.pth"]
 
 
 def test_a_second_launch_in_the_same_work_dir_is_refused(runs: Runs) -> None:

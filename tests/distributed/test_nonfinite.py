@@ -11,7 +11,7 @@ import torch
 
 from agvm_ds.demo.data import ensure
 from tests.engines import identical
-from tests.faults.table import survived
+from tests.faults.table import NOTHING, survived
 from tests.trainer import Outcome, cfg_options, data_options, launch, write_config, write_json
 
 RANKS, ACCUMULATION, LIMIT = 2, 2, 2
@@ -169,7 +169,7 @@ def test_a_run_that_skipped_can_be_resumed(skipping: Run, digits: Path) -> None:
     assert list(resumed) == list(range(3, 9)), again.outcome.output
     assert all(identical(resumed[update], whole[update]) for update in range(3, 9))
     stage = skipping.settings["zero_optimization"]["stage"]
-    survived(f"nan and inf, allowed, ZeRO-{stage}", "told, skipped, nothing applied; --resume bit for bit")
+    survived(f"nan and inf, allowed, ZeRO-{stage}", "told, skipped, nothing applied; --resume bit for bit", NOTHING)
 
 
 STOPS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -198,4 +198,4 @@ def test_by_default_the_first_one_ends_the_run(name: str, digits: Path, tmp_path
         last = run.records(rank)[1]
         assert identical(last["before"]["momenta"], last["after"]["momenta"])
         assert identical(trained(last["before"]), trained(last["after"]))
-    survived(f"nan or inf, {name}", "told with rank, micro-batch, modules, images; nothing applied")
+    survived(f"nan or inf, {name}", "told with rank, micro-batch, modules, images; nothing applied", NOTHING)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
-from tests.faults.table import survived
 from tests.trainer import Outcome, cfg_options, data_options, launch, write_config, write_json
 
 AGVM = {"interval": 2, "ema_decay": 0.5, "start_step": 1}
@@ -23,6 +22,8 @@ OPTIONS = {
     "evaluation.interval": 2,
     "data.samples_per_gpu": 2,
 }
+RATE = 6e-3
+"""The demo config's."""
 EPOCH, MEASURES = 6, [2, 4, 6, 8, 10]
 
 
@@ -78,7 +79,6 @@ def test_another_stage_goes_on_as_the_same_one_would(runs: Runs) -> None:
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
     last, there = lines(work)[-1]["modules"], lines(runs.begun[True])[-1]["modules"]
     assert all(abs(last[name]["scale_factor"] - there[name]["scale_factor"]) < 1e-3 for name in there)
-    survived("resumed in another ZeRO stage", "goes on as the same one would")
 
 
 def test_other_ranks_keep_moments_and_scale_factors(runs: Runs) -> None:
@@ -88,7 +88,6 @@ def test_other_ranks_keep_moments_and_scale_factors(runs: Runs) -> None:
     assert "not kept" not in said
     assert [line["update"] for line in lines(work)] == MEASURES
     assert lines(work)[:2] == lines(runs.begun[True])[:2], "measured before the checkpoint"
-    survived("resumed on other ranks", "moments, counters, scale factors kept; data order told")
 
 
 def test_other_modules_keep_what_has_the_same_name(runs: Runs) -> None:
@@ -101,20 +100,17 @@ def test_other_modules_keep_what_has_the_same_name(runs: Runs) -> None:
     expected = 0.5 * before["neck"]["scale_factor"] + 0.5 * first["neck"]["ratio"]
     assert first["neck"]["scale_factor"] == pytest.approx(expected, abs=1e-12)
     assert first["rest"]["scale_factor"] == pytest.approx(0.5 + 0.5 * first["rest"]["ratio"], abs=1e-12)
-    survived("resumed with other modules and estimator", "kept by name, the rest told")
 
 
 def test_agvm_newly_on(runs: Runs) -> None:
     work, said = runs.resume("on", {}, on=False)
     assert "the checkpoint has no AGVM state: scale factors start at 1" in said
     assert [line["update"] for line in lines(work)] == MEASURES[2:]
-    survived("AGVM newly on", "told; scale factors start at 1")
 
 
 def test_agvm_newly_off_is_the_baseline_from_there_on(runs: Runs) -> None:
     _, said = runs.resume("off", {"agvm": {"enabled": False}})
     assert "AGVM is off in this run: the checkpoint's scale factors are left out" in said
-    survived("AGVM newly off", "told; the baseline from there on")
 
 
 def test_another_optimizer_keeps_weights_and_scale_factors(runs: Runs) -> None:
@@ -124,4 +120,5 @@ def test_another_optimizer_keeps_weights_and_scale_factors(runs: Runs) -> None:
     assert "not kept: the optimizer's state: that of AdamW is not SGD's" in said
     before, first = lines(runs.begun[True])[1]["modules"]["neck"], lines(work)[2]["modules"]["neck"]
     assert first["scale_factor"] == pytest.approx(0.5 * before["scale_factor"] + 0.5 * first["ratio"], abs=1e-12)
-    survived("resumed with another optimizer", "told; weights and scale factors kept")
+    there = lines(runs.begun[True])[2]["modules"]["neck"]
+    assert first["lr"] / 1e-3 == pytest.approx(there["lr"] / RATE), "this run's rate, at the same place of the schedule"

@@ -12,6 +12,7 @@ from typing import Any
 from mmcv.runner import HOOKS, Hook
 
 from agvm_ds.checkpoints import vault
+from agvm_ds.mmdet import runner as runners
 
 
 def config_lines(kind: str, **settings: Any) -> str:
@@ -53,6 +54,14 @@ class Killed(Hook):
         engine = runner.engine.checkpoint_engine
         engine.save = _half(engine.save)
 
+    def _in_publishing(self, runner: Any) -> None:
+        """With the epoch's state saved, before its weights are published and evaluated."""
+        runners.publish = die
+
+    def _in_evaluating(self, runner: Any) -> None:
+        hook = next(hook for hook in runner.hooks if type(hook).__name__ == "EngineEvalHook")
+        hook.detector.register_forward_hook(die)
+
     def _in_committing(self, runner: Any) -> None:
         """With every file written, before the checkpoint has its name."""
         vault._rename = die
@@ -70,18 +79,27 @@ def _half(save: Callable[..., None]) -> Callable[..., None]:
 
 @HOOKS.register_module()
 class Terminated(Hook):
-    """One rank gets SIGTERM, as from a scheduler, in an update or in the evaluation after it."""
+    """One rank gets SIGTERM, as from a scheduler, in an update (None: before the first), or in the evaluation after it."""
 
-    def __init__(self, rank: int, update: int, evaluating: bool = False) -> None:
+    def __init__(self, rank: int, update: int | None, evaluating: bool = False) -> None:
         self.rank, self.update, self.evaluating = rank, update, evaluating
 
+    def before_run(self, runner: Any) -> None:
+        if self.update is None:
+            self._send(runner)
+
     def before_train_iter(self, runner: Any) -> None:
-        if runner.rank == self.rank and runner.iter == self.update:
-            if not self.evaluating:
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
-                hook = next(hook for hook in runner.hooks if type(hook).__name__ == "EngineEvalHook")
-                hook.detector.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        if runner.iter == self.update:
+            self._send(runner)
+
+    def _send(self, runner: Any) -> None:
+        if runner.rank != self.rank:
+            return
+        if not self.evaluating:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            hook = next(hook for hook in runner.hooks if type(hook).__name__ == "EngineEvalHook")
+            hook.detector.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @HOOKS.register_module()

@@ -9,8 +9,8 @@ ROWS: list[tuple[str, str, str]] = []
 NOTHING = "nothing"
 
 
-def survived(fault: str, happened: str, lost: str = NOTHING) -> None:
-    """A row of the table; a loss fails the test."""
+def survived(fault: str, happened: str, lost: str) -> None:
+    """A row of the table; lost: as measured, "nothing" or what; a loss fails the test."""
     ROWS.append((fault, happened, lost))
     assert lost == NOTHING
 
