@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from agvm_ds.checkpoints import NotWrittenError
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.weights import load_weights
+from agvm_ds.mmdet.weights import load_weights, publish
 
 LOGGER = logging.getLogger("tests")
 
@@ -62,3 +63,12 @@ def test_what_is_no_pth_is_told(trust: bool, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"hello" * 100)
     with pytest.raises(ConfigError, match=r"x.pth: cannot be loaded as a .pth: "):
         load_weights(nn.Linear(2, 2), str(tmp_path / "x.pth"), LOGGER, trust)
+
+
+def test_a_full_disk_leaves_the_pth_before_and_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "latest.pth").write_text("the one before")
+    (tmp_path / ".latest.pth.tmp").symlink_to("/dev/full")
+    with pytest.raises(NotWrittenError, match=r"latest.pth cannot be written: .*; make room"):
+        publish({"x": torch.zeros(10000)}, {}, tmp_path / "latest.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest.pth"]
+    assert (tmp_path / "latest.pth").read_text() == "the one before"
