@@ -58,6 +58,15 @@ def test_an_old_pth_with_numpy_in_it_is_read_when_trusted(tmp_path: Path) -> Non
     assert torch.equal(net.weight, before + 1)
 
 
+def test_mmdets_own_report_of_missing_and_unexpected_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"state_dict": {"weight": torch.ones(2, 2), "scale": torch.ones(1)}}, tmp_path / "x.pth")
+    net = nn.Linear(2, 2)
+    load_weights(net, str(tmp_path / "x.pth"), LOGGER)
+    assert "unexpected key in source state_dict: scale" in caplog.text
+    assert "missing keys in source state_dict: bias" in caplog.text
+    assert torch.equal(net.weight, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_what_is_no_pth_is_told(trust: bool, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"hello" * 100)
