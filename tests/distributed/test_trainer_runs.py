@@ -102,7 +102,6 @@ def assert_published_as_logged(work: Path, *metrics: str) -> None:
 PRECISIONS: dict[str, dict[str, Any]] = {
     "zero0": {"zero_optimization": {"stage": 0}},
     "zero1": {"zero_optimization": {"stage": 1}},
-    "zero1": {"zero_optimization": {"stage": 1}},
     "zero2": {"zero_optimization": {"stage": 2}},
     "zero3": {"zero_optimization": {"stage": 3}},
     "zero2_bf16": {"zero_optimization": {"stage": 2}, "bfloat16": {"enabled": True}},
