@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint doctor clean
+.PHONY: help setup demo test test-faults lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Made again when the wanted versions or the way to install them change.
 $(STAMP): pyproject.toml setup.py constraints.txt scripts/install.py scripts/build_mmcv.py
@@ -29,6 +29,9 @@ demo: $(STAMP) ## train a small detector with AGVM on two ranks, then its mAP (a
 
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 8 minutes)
+	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

@@ -7,6 +7,7 @@ imported, so a bad block is refused before anything heavy starts.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -101,8 +102,8 @@ class AGVMConfig(BaseModel):
     @classmethod
     def _bounds_around_one(cls, value: tuple[float, float]) -> tuple[float, float]:
         low, high = value
-        if not 0 < low <= 1 <= high:
-            raise _refuse("must be [low, high] with 0 < low <= 1 <= high (the anchor's own ratio is 1)")
+        if not 0 < low <= 1 <= high < math.inf:
+            raise _refuse("must be [low, high], finite, with 0 < low <= 1 <= high (the anchor's own ratio is 1)")
         return value
 
     @field_validator("clip_window")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from agvm_ds.estimators import Estimate, estimator_of
 from agvm_ds.groups import MODULE, NAME, PARAMS
 from agvm_ds.optimizer import AGVM, Owned
 from agvm_ds.shards import Shards
-from agvm_ds.variance import moving_average, variance_ratio
+from agvm_ds.variance import factor_bounds, moving_average, variance_ratio
 
 logger = logging.getLogger("agvm_ds")
 
@@ -67,7 +67,7 @@ class Controller:
         self.listeners: list[Callable[[Measure], None]] = []
         self._said: set[str] = set()
         self._estimator = estimator_of(config, self.preconditioned, shards)
-        self._observing = False
+        self._observing = self._paused = False
         self._micro_batches = 0
         self._register_hooks()
         self.expect(0)
@@ -111,25 +111,36 @@ class Controller:
 
     def expect(self, t: int) -> None:
         """Get ready for the micro-batches of update t."""
-        self._observing = self.config.measured(t)
+        self._observing = self.config.measured(t) and not self._paused
         self._micro_batches = 0
         if self._observing:
             self._tell_frozen(t)
             self._estimator.start()
 
+    @contextmanager
+    def paused(self, t: int) -> Iterator[None]:
+        """Updates within, from t on, are not measured; afterwards the next update is the engine's."""
+        self._paused = True
+        self.resume_at(t)
+        try:
+            yield
+        finally:
+            self._paused = False
+            self.resume_at(int(self.shards.engine.global_steps))
+
     # At the accumulation boundary
 
     def measure(self, t: int) -> Measure | None:
         """The statistics of update t and the scale factors that follow; None when t is not measured, or unusable."""
-        if not self.config.measured(t):
+        if self._paused or not self.config.measured(t):
             return None
         if self._micro_batches != self.shards.accumulation:
             counts = f"{self._micro_batches} micro-batches instead of {self.shards.accumulation}"
             self._warn_once(f"update {t}: {counts}: not measured")
             return None
         sums = self.shards.add_up(self._estimator.local_sums())
-        if not bool(torch.isfinite(sums).all()):
-            self._warn(f"update {t}: gradients are not finite; no scale factor changes")
+        if not self._estimator.usable(sums):
+            self._warn(f"update {t}: gradients, or their squares, are not finite; no scale factor changes")
             return None
         return self._judge(t, dict(zip(self.modules, self._estimator.estimates(sums), strict=True)))
 
@@ -166,9 +177,11 @@ class Controller:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: the statistics, the counters, and what each parameter group was."""
+        """Plain numbers and strings: the statistics, the counters, and what each module and parameter group was."""
         return {
             "version": STATE_VERSION,
+            "estimator": self.config.estimator,
+            "anchor": self.anchor,
             "scale_factors": dict(self.scale_factors),
             "variances": dict(self.variances),
             "noise_scales": dict(self.noise_scales),
@@ -177,22 +190,58 @@ class Controller:
             "groups": [_settings(group) for group in self.optimizer.param_groups],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; raises ConfigError when it belongs to other modules or parameter groups."""
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> list[str]:
+        """Take over a state, and return in words what of it could not be kept. Raises ConfigError, with nothing changed.
+
+        strict: it must be of the same modules and parameter groups. Otherwise a module of the same name keeps its numbers,
+        any other starts with a scale factor of 1, and the groups' settings stay as they are. Scale factors must be numbers;
+        one outside this run's bounds (the state is of a run with wider ones) becomes the nearer bound.
+        """
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"AGVM state of version {state.get('version')}; this release reads {STATE_VERSION}")
         saved = [group[NAME] for group in state["groups"]]
-        if saved != self.groups or list(state["scale_factors"]) != self.modules:
+        same = saved == self.groups and list(state["scale_factors"]) == self.modules
+        if strict and not same:
             raise ConfigError(
                 f"the checkpoint's AGVM groups are {saved}, this run's are {self.groups}: they must agree"
             )
-        for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
-            group.update(settings)
-        self.scale_factors = dict(state["scale_factors"])
-        self.variances = dict(state["variances"])
-        self.noise_scales = dict(state["noise_scales"])
+        factors = self._within_bounds(state["scale_factors"])
+        if strict:
+            for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
+                group.update(settings)
+        known = [name for name in self.modules if name in factors]
+        for mine, theirs in (
+            (self.scale_factors, factors),
+            (self.variances, state["variances"]),
+            (self.noise_scales, state["noise_scales"]),
+        ):
+            mine.update({name: theirs[name] for name in known})
         self.measured = int(state["measured"])
         self.resume_at(int(state["steps"]))
+        return self._not_kept(state, known)
+
+    def _not_kept(self, state: Mapping[str, Any], known: list[str]) -> list[str]:
+        words = []
+        if new := [name for name in self.modules if name not in known]:
+            words.append(f"modules that the checkpoint does not have start with a scale factor of 1: {', '.join(new)}")
+        if gone := [name for name in state["scale_factors"] if name not in known]:
+            words.append(f"modules of the checkpoint that this run does not have are left out: {', '.join(gone)}")
+        for key, here in (("estimator", self.config.estimator), ("anchor", self.anchor)):
+            if state.get(key, here) != here:
+                words.append(f"scale factors so far come from {key} {state[key]}; from here on {here}")
+        return words
+
+    def _within_bounds(self, saved: Mapping[str, float]) -> dict[str, float]:
+        bad = {name: mu for name, mu in saved.items() if not (math.isfinite(mu) and mu > 0)}
+        if bad:
+            raise ConfigError(f"the AGVM state's scale factors must be finite and above 0; these are not: {bad}")
+        low, high = factor_bounds(self.config.ratio_bounds)
+        kept = {name: min(max(float(mu), low), high) for name, mu in saved.items()}
+        moved = [f"{name} {mu:.6g} -> {kept[name]:.6g}" for name, mu in saved.items() if kept[name] != mu]
+        if moved:
+            bounds = f"agvm.ratio_bounds = {list(self.config.ratio_bounds)}"
+            self._warn(f"scale factors of the checkpoint are put within this run's {bounds}: {', '.join(moved)}")
+        return kept
 
     def resume_at(self, t: int) -> None:
         """The next update is t, whatever was loaded."""

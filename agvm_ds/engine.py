@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import hjson
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from agvm_ds.bases import base_from_json, offloads, warning_of
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.controller import Controller
+from agvm_ds.deepspeed_json import load_config, unknown_keys
 from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.monitor import deepspeed_events
 from agvm_ds.optimizer import AGVM
 from agvm_ds.shards import shards_of
-from agvm_ds.support import refuse_configuration, refuse_unsupported
+from agvm_ds.support import refuse_by_deepspeed, refuse_configuration, refuse_unsupported
 
 logger = logging.getLogger("agvm_ds")
 
@@ -64,6 +64,8 @@ def initialize(
     config.setdefault("zero_allow_untested_optimizer", True)
     if block is not None:
         refuse_configuration(config)
+    refuse_by_deepspeed(config)
+    if block is not None:
         _refuse_layout(model)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
         model_parameters = None
@@ -71,23 +73,9 @@ def initialize(
         args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
     )
     attach(result[0])
+    if (unknown := unknown_keys(config)) and result[0].global_rank == 0:
+        logger.warning("the DeepSpeed config has keys that neither DeepSpeed nor AGVM reads: %s", ", ".join(unknown))
     return result
-
-
-def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration as a dict of its own. Raises ConfigError with the position of a mistake in the file."""
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
-    path = Path(config)
-    if not path.is_file():
-        raise ConfigError(f"DeepSpeed config not found: {path}")
-    try:
-        loaded = hjson.loads(path.read_text(), object_pairs_hook=dict_raise_error_on_duplicate_keys)
-    except ValueError as error:
-        raise ConfigError(f"{path}: not a DeepSpeed config: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: not a DeepSpeed config: must be a JSON object")
-    return dict(loaded)
 
 
 def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:
@@ -234,6 +222,7 @@ def _join_checkpoints(engine: Any, controller: Controller) -> None:
             raise ConfigError(f"{error}\n  {_GROUPS_DIFFER.format(controller.groups)}") from error
         if path is not None:
             if whole:
+                _part_counts(engine.basic_optimizer)
                 _restore(engine, controller, client_state or {})
             controller.resume_at(int(engine.global_steps))
         return path, client_state
@@ -241,8 +230,18 @@ def _join_checkpoints(engine: Any, controller: Controller) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
+def _part_counts(optimizer: AGVM) -> None:
+    """Stage 3's universal load gives all buffers one step count, the same tensor, which torch counts up once a buffer."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 0:
+                state[key] = value.clone()
+
+
 def _restore(engine: Any, controller: Controller, client_state: Mapping[str, Any]) -> None:
     if STATE_KEY in client_state:
-        controller.load_state_dict(client_state[STATE_KEY])
+        for note in controller.load_state_dict(client_state[STATE_KEY]):
+            if engine.global_rank == 0:
+                logger.warning("AGVM: %s", note)
     elif engine.global_rank == 0:
         logger.warning("AGVM: the checkpoint has no AGVM state: scale factors start at 1")

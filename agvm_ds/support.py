@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
+
+import torch
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 
 from agvm_ds.bases import problem_of
 from agvm_ds.config import AGVMConfig, ConfigError
+from agvm_ds.deepspeed_json import BATCH_KEYS
 from agvm_ds.optimizer import AGVM
 
 
@@ -61,6 +70,37 @@ REFUSED = [
     Refusal("sequence_parallel_size", "sequence parallelism was not tried", _above_one),
 ]
 """Looked up in the configuration before DeepSpeed starts."""
+
+
+def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what DeepSpeed's own reading of a configuration refuses, before anything is built.
+
+    Batch sizes are left out: they depend on the number of ranks.
+    """
+    rest = {key: value for key, value in config.items() if key not in BATCH_KEYS}
+    try:
+        DeepSpeedConfig(copy.deepcopy({**rest, "train_micro_batch_size_per_gpu": 1}))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n  ".join([f"DeepSpeed refuses its config ({error.title}):", *wrong])) from None
+    except Exception as error:  # DeepSpeed checks with asserts, and takes values apart without looking
+        raise ConfigError(f"DeepSpeed refuses its config: {type(error).__name__}: {error}") from error
+    _refuse_scheduler(config.get("scheduler") or {})
+
+
+def _refuse_scheduler(block: Mapping[str, Any]) -> None:
+    """DeepSpeed looks for it in its own module, then in torch's, when all else has been built."""
+    name = block.get("type")
+    kind = getattr(lr_schedules, str(name), None) or getattr(torch.optim.lr_scheduler, str(name), None)
+    if name is not None and kind is None:
+        near = difflib.get_close_matches(name, lr_schedules.VALID_LR_SCHEDULES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"DeepSpeed has {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
+        raise ConfigError(f"scheduler.type = {name!r}: not known; {hint}")
+    try:
+        if kind is not None:
+            signature(kind).bind(None, **(block.get("params") or {}))
+    except TypeError as error:
+        raise ConfigError(f"scheduler.params of {name}: {error}") from None
 
 
 def refuse_configuration(config: Mapping[str, Any]) -> None:

@@ -74,5 +74,15 @@ def variance_ratio(anchor: float, module: float, eps: float, bounds: tuple[float
 
 
 def moving_average(mu: float, ratio: float, decay: float) -> float:
-    """mu <- decay mu + (1 - decay) r, written so that r = mu leaves mu exactly as it is."""
-    return mu + (1 - decay) * (ratio - mu)
+    """mu <- decay mu + (1 - decay) r, written so that r = mu leaves mu exactly as it is.
+
+    It lies between mu and r, and is put there when rounding leaves it outside: scale factors do not creep over a bound.
+    """
+    low, high = min(mu, ratio), max(mu, ratio)
+    return min(max(mu + (1 - decay) * (ratio - mu), low), high)
+
+
+def factor_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Where every scale factor lies that began at 1 and followed bounded ratios: [sqrt(low), sqrt(high)]."""
+    low, high = bounds
+    return math.sqrt(low), math.sqrt(high)

@@ -17,6 +17,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("config", help="an mmdet config file, or the name of one that mmdet ships")
     parser.add_argument("checkpoint", help="a .pth, a file or a URL")
+    parser.add_argument("--trust-checkpoint", action="store_true", help="as in launch/train.py")
     parser.add_argument("--out", help="write the raw results to this pickle file")
     parser.add_argument(
         "--eval", nargs="+", default=[], metavar="METRIC", help="default: the config's evaluation.metric"
@@ -27,6 +28,7 @@ def main() -> None:
     options = TestOptions(
         config=args.config,
         checkpoint=args.checkpoint,
+        trust_checkpoint=args.trust_checkpoint,
         out=args.out,
         metrics=tuple(args.eval),
         allow_other_categories=args.allow_other_categories,

@@ -7,7 +7,7 @@ import argparse
 import deepspeed
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.commandline import Parser
+from agvm_ds.mmdet.commandline import Parser, positive
 from agvm_ds.mmdet.errors import main_of_rank
 from agvm_ds.mmdet.train import TrainOptions, train
 
@@ -23,7 +23,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--work-dir", help="where everything is written (default: work_dirs/<name of the config>)")
     add("--resume", action="store_true", help="continue from the newest DeepSpeed checkpoint in the work dir")
+    add(
+        "--allow-older",
+        action="store_true",
+        help="with --resume: when the newest is damaged, from the newest that is not",
+    )
+    add("--keep", type=positive, metavar="N", help="checkpoints that stay (default: the config's max_keep_ckpts)")
     add("--load-from", metavar="X.pth", help="weights to start from: a file or a URL (default: the config's load_from)")
+    add("--trust-checkpoint", action="store_true", help="read a .pth that holds more than data; it can run code")
     add("--seed", type=int, help="default: the config's, or a random one")
     add("--diff-seed", action="store_true", help="add the rank to the seed")
     add("--deterministic", action="store_true", help="deterministic cuDNN")
@@ -51,7 +58,10 @@ def main() -> None:
             config=args.config,
             work_dir=args.work_dir,
             resume=args.resume,
+            allow_older=args.allow_older,
+            keep=args.keep,
             load_from=args.load_from,
+            trust_checkpoint=args.trust_checkpoint,
             seed=args.seed,
             diff_seed=args.diff_seed,
             deterministic=args.deterministic,

@@ -9,10 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,17 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_
         raise
 
 
+_PORTS = iter(random.SystemRandom().sample(range(20000, 32000), 12000))
+"""Below those that the system gives to anybody, and none twice: what a launch leaves behind has its port's name."""
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 @contextmanager

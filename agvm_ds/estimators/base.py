@@ -11,6 +11,11 @@ import torch
 from agvm_ds.shards import OwnerReduction, Piece, Shards
 
 
+def square_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """|tensor|^2 as a float64 scalar on the tensor's device, without a float64 copy of the tensor."""
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square()
+
+
 @dataclass(frozen=True)
 class Estimate:
     """One module's statistics in one measured update; nan: undefined."""
@@ -63,6 +68,18 @@ class Estimator(ABC):
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
         """One Estimate a module from the added-up numbers."""
 
+    @abstractmethod
+    def squares(self, sums: torch.Tensor) -> torch.Tensor:
+        """Of the added-up numbers, the squared norms of gradients as DeepSpeed holds them."""
+
+    def usable(self, sums: torch.Tensor) -> bool:
+        """Whether the added-up numbers are finite, and the squared norms so in fp32 too.
+
+        DeepSpeed 0.19 takes a norm that overflows fp32 for a bad gradient in some stages (1, 2, and 0 in bf16) and steps in
+        the others; here such an update is unusable in all of them.
+        """
+        return bool(torch.isfinite(sums).all() and torch.isfinite(self.squares(sums).sum().float()))
+
 
 class ElementwiseEstimator(Estimator):
     """An estimator that also needs one elementwise quantity, added up at the owners of the elements.
@@ -92,17 +109,21 @@ class ElementwiseEstimator(Estimator):
         self.reduction.end_micro_batch(last=step == self.shards.accumulation - 1)
 
     def local_sums(self) -> torch.Tensor:
-        """Shape (1 + rows, modules): how often a gradient was seen, then the sums over the local shard."""
-        table = torch.stack([self.zeros() for _ in range(1 + self.rows)])
+        """Shape (2 + rows, modules): how often a gradient was seen, |G|^2 and the ``rows`` sums over the local shard."""
+        table = torch.stack([self.zeros() for _ in range(2 + self.rows)])
         table[0] = torch.tensor(self._seen)
         for piece in self.shards.pieces():
             for chunk in piece.chunks():
-                table[1:, self._index[piece.module]] += self.sums_of(chunk).to(table.device)
+                column = torch.cat([square_norm(chunk.gradient).reshape(1), self.sums_of(chunk)])
+                table[1:, self._index[piece.module]] += column.to(table.device)
         self.reduction.stop()
         return table
 
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
-        return [self.estimate(*rest) if seen else Estimate(math.nan) for seen, *rest in sums.T.tolist()]
+        return [self.estimate(*rest) if seen else Estimate(math.nan) for seen, _, *rest in sums.T.tolist()]
+
+    def squares(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums[1]
 
     @abstractmethod
     def contribute(self, slot: torch.Tensor, gradient: torch.Tensor) -> None:

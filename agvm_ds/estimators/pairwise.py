@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator
+from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator, square_norm
 from agvm_ds.estimators.preconditioning import inverse_denominator
 from agvm_ds.shards import Piece, Shards
 from agvm_ds.variance import noise_scale, pairwise_variance
-
-
-def square_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """|tensor|^2 as a float64 scalar on the tensor's device, without a float64 copy of the tensor."""
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square()
 
 
 def _estimate(s2: float, g2: float, n: int, shards: Shards) -> Estimate:
@@ -46,6 +41,9 @@ class Pairwise(Estimator):
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
         pairs = zip(*sums.tolist(), strict=True)
         return [_estimate(s2 * self.shards.accumulation**2, g2, self.n, self.shards) for s2, g2 in pairs]
+
+    def squares(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums
 
 
 class PreconditionedPairwise(ElementwiseEstimator):

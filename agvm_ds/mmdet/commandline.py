@@ -42,3 +42,11 @@ class CfgOptions(DictAction):  # type: ignore[misc]
             super().__call__(parser, namespace, values, option)
         except (AssertionError, ValueError) as error:
             raise argparse.ArgumentError(self, str(error)) from None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmdet.utils import compat_cfg, replace_cfg_vals, update_data_root
 
 import agvm_ds.demo
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.shapes import shape_problems
 
 DEMO_CONFIG = Path(agvm_ds.demo.__file__).parent / "faster_rcnn_digits.py"
 """The config of the built-in data, used when none is named."""
@@ -30,15 +32,24 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
         update_data_root(cfg)
         move_data(cfg, (options or {}).get("data_root"))
         cfg.merge_from_dict(dict(options or {}))
-        cfg = compat_cfg(cfg)
+        if problems := shape_problems(cfg):
+            raise ConfigError("\n  ".join([f"config {path}:", *problems]))
+        return compat_cfg(cfg)
     except ConfigError:
         raise
-    except Exception as error:  # a config is Python code and may raise anything
+    except (Exception, SystemExit) as error:  # a config is Python code and may raise anything
         raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
-    missing = [key for key in ("model", "data", "runner") if key not in cfg]
-    if missing:
-        raise ConfigError(f"config {path}: has no {', '.join(missing)}; is it a complete mmdet 2.x config?")
-    return cfg
+
+
+@contextmanager
+def blamed(part: str) -> Iterator[None]:
+    """What mmdet or mmcv raise while they build this part of a config is a mistake in it: a ConfigError that names it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 
 def move_data(cfg: Config, root: str | None) -> None:

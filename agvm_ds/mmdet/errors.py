@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.distributed import DistError, TCPStore
 
 from agvm_ds.config import ConfigError
 
+EXIT_RANK_DIED = 1
 EXIT_BAD_INPUT = 2
 PATIENCE = 15.0
 """Seconds that a host waits for the host of rank 0 to tell, and that one for the others to hear it."""
@@ -32,13 +33,35 @@ class HostError(ConfigError):
     """A mistake that only one host may see (a missing file, a folder that cannot be written)."""
 
 
+class RankDied(RuntimeError):
+    """Other ranks of this host have ended without a word to the rest."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        which = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
+        super().__init__(
+            f"{which} died: killed (by the system, when memory ran out?), or ended with the message above. What is after "
+            "the last checkpoint is lost; --resume continues from there"
+        )
+
+
 def main_of_rank(main: Callable[[], None]) -> None:
-    """Run ``main``; a ConfigError is told once for the launch (a HostError once a host), and every rank exits with 2."""
+    """Run ``main``; a ConfigError is told once for the launch (a HostError once a host), and every rank exits with 2.
+
+    When a rank dies, the others of its host name it once, and exit with 1.
+    """
     try:
         main()
     except ConfigError as error:
         tell_once(f"error: {error}", every_host=isinstance(error, HostError))
         sys.exit(EXIT_BAD_INPUT)
+    except RankDied as error:
+        tell_dead(error)
+        sys.exit(EXIT_RANK_DIED)
+
+
+def tell_dead(error: RankDied) -> None:
+    """Say which ranks of this host have died, in one of the ranks that are left."""
+    tell_once(f"error: {error}", every_host=True)
 
 
 def tell_once(message: str, every_host: bool, patience: float = PATIENCE) -> None:

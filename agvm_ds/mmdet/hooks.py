@@ -14,6 +14,7 @@ from torch import nn
 
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of
 from agvm_ds.mmdet.randomness import untouched_randomness
+from agvm_ds.mmdet.signals import StopAsked
 
 
 @HOOKS.register_module()
@@ -27,10 +28,10 @@ class EngineCheckpointHook(CheckpointHook):
         runner.save_checkpoint(self.out_dir, **{**self.args, "filename_tmpl": name})
         if runner.meta is not None:
             runner.meta.setdefault("hook_msgs", {})["last_ckpt"] = str(Path(self.out_dir) / name)
-        if self.max_keep_ckpts > 0:
+        if self.max_keep_ckpts > 0 and runner.rank == 0:
             current = (runner.epoch if self.by_epoch else runner.iter) + 1
-            old = range(current - self.max_keep_ckpts * self.interval, 0, -self.interval)
-            runner.remove_checkpoints(self.out_dir, [self._template().format(step) for step in old])
+            for step in range(current - self.max_keep_ckpts * self.interval, 0, -self.interval):
+                (Path(self.out_dir) / self._template().format(step)).unlink(missing_ok=True)
 
     def _template(self) -> str:
         return str(self.args.get("filename_tmpl", "epoch_{}.pth" if self.by_epoch else "iter_{}.pth"))
@@ -66,13 +67,21 @@ class EngineEvalHook(DistEvalHook):
 
     def _measure(self, runner: Any) -> float | None:
         self._evaluated = self.engine.global_steps
-        with untouched_randomness():
-            self.detector.load_state_dict(runner.weights())
-            shares = detect(self.detector, self.dataloader, self.engine.device)
-            self.latest_results = collect(shares, len(self.dataloader.dataset))
-            key_score = self.evaluate(runner, self.latest_results)
+        try:
+            with untouched_randomness():
+                key_score = self._measured(runner)
+        except StopAsked:
+            runner.stop()
+            raise
         runner.log_buffer.output["eval_iter_num"] = len(self.dataloader)
         return key_score
+
+    def _measured(self, runner: Any) -> float | None:
+        self.detector.load_state_dict(runner.weights())
+        batches = runner.watch.listening(self.dataloader, self.engine.device)
+        shares = detect(self.detector, batches, self.engine.device)
+        self.latest_results = collect(shares, len(self.dataloader.dataset))
+        return self.evaluate(runner, self.latest_results)
 
     def _evaluate(self, runner: Any) -> None:
         key_score = self._measure(runner)

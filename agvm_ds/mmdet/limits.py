@@ -9,15 +9,17 @@ from mmcv import Config
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.ema import EMA_HOOKS
+from agvm_ds.mmdet.nonfinite import KEY
 from agvm_ds.mmdet.plan import Plan
 
-RUNNERS = ("EpochBasedRunner", "IterBasedRunner")
+RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}
+"""Type -> the key that says how long it runs."""
 PHASES = ("train", "val")
 
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
     """Raise ConfigError with all of them together."""
-    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan)]
+    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *_bad_updates(cfg), *_writers(plan)]
     if problems:
         raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
     if cfg.get("auto_resume"):
@@ -27,6 +29,10 @@ def refuse_unsupported(cfg: Config, plan: Plan) -> None:
 def _runner(cfg: Config) -> Iterator[str]:
     if cfg.runner.get("type") not in RUNNERS:
         yield f"runner.type = {cfg.runner.get('type')!r}: allowed: {', '.join(RUNNERS)}"
+    elif cfg.runner.get(RUNNERS[cfg.runner.type]) is None:
+        yield f"runner: {cfg.runner.type} needs {RUNNERS[cfg.runner.type]}"
+    if "train" not in cfg.data:
+        yield "data.train: is missing"
     phases = [phase[0] for phase in cfg.get("workflow", [])]
     if "train" not in phases or not set(phases) <= set(PHASES):
         yield f"workflow = {cfg.get('workflow')}: its phases must be 'train' and, if wanted, 'val'"
@@ -51,3 +57,19 @@ def _averages(cfg: Config, plan: Plan) -> Iterator[str]:
             yield f"custom hook {kind}: ZeRO-3 leaves no whole weights to average; use stage 0, 1 or 2"
         elif kind in EMA_HOOKS and plan.half:
             yield f"custom hook {kind}: would average weights rounded to {plan.half}; train in fp32"
+
+
+def _bad_updates(cfg: Config) -> Iterator[str]:
+    value = cfg.get(KEY, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        yield (
+            f"{KEY} = {value!r}: must be an integer: how many updates in a row whose loss or gradient is not finite are "
+            "skipped; 0 stops at the first"
+        )
+
+
+def _writers(plan: Plan) -> Iterator[str]:
+    """A checkpoint's digests are taken when DeepSpeed has come back from writing it."""
+    checkpoint = plan.deepspeed.get("checkpoint") or {}
+    if checkpoint.get("writer") or (plan.deepspeed.get("nebula") or {}).get("enabled"):
+        yield "DeepSpeed JSON: checkpoint.writer or nebula: writes checkpoints later, when their digests are taken already"

@@ -10,6 +10,8 @@ from mmcv.parallel import MODULE_WRAPPERS
 from mmcv.parallel.scatter_gather import scatter_kwargs
 from torch import nn
 
+from agvm_ds.mmdet.nonfinite import NumberWatch
+
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A collated batch with its DataContainers opened and its tensors on the device (mmcv's -1 is the CPU)."""
@@ -25,11 +27,12 @@ class EngineModel(nn.Module):
 
     engine: Any
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, watch: NumberWatch) -> None:
         super().__init__()
         # Not a submodule: the runner and its hooks reach the parameters through ``module`` alone.
         object.__setattr__(self, "engine", engine)
         self.module = engine.module
+        self.watch = watch
         self.CLASSES = getattr(engine.module, "CLASSES", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,22 +46,35 @@ class EngineModel(nn.Module):
         return self
 
     def train_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
-        """Forward and backward of each micro-batch and the update; log_vars are means over micro-batches and ranks."""
+        """Forward and backward of each micro-batch and the update; log_vars are means over micro-batches and ranks.
+
+        Raises NonFiniteError where the run is to stop for its numbers; nothing of this update is applied then.
+        """
+        self.watch.begin()
+        outputs = self._update(data)
+        self.watch.end(lambda: self._update(data))
+        return _merge(outputs)
+
+    def _update(self, data: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         outputs = []
         for batch in data:
-            loss, output = self._losses(batch)
-            self.engine.backward(loss)
+            inputs, losses = self._forward(batch)
+            loss, output = self._losses(inputs, losses)
+            self.engine.backward(self.watch.checked(loss, output["log_vars"]["loss"], losses, inputs["img_metas"]))
             self.engine.step()
             outputs.append(output)
-        return _merge(outputs)
+        return outputs
 
     def val_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
         """The losses of each micro-batch."""
-        return _merge([self._losses(batch)[1] for batch in data])
+        return _merge([self._losses(*self._forward(batch))[1] for batch in data])
 
-    def _losses(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _forward(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs = to_device(batch, self.engine.device)
-        loss, log_vars = self.module._parse_losses(self.engine(return_loss=True, **inputs))
+        return inputs, self.engine(return_loss=True, **inputs)
+
+    def _losses(self, inputs: Mapping[str, Any], losses: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss, log_vars = self.module._parse_losses(losses)
         return loss, {"loss": loss.detach(), "log_vars": dict(log_vars), "num_samples": len(inputs["img_metas"])}
 
 

@@ -13,7 +13,10 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 
+from agvm_ds.bases import base_from_json
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
+from agvm_ds.deepspeed_json import BATCH_KEYS
+from agvm_ds.support import refuse_by_deepspeed
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,7 @@ class Plan:
     @property
     def stage(self) -> int:
         """The ZeRO stage."""
-        zero = self.deepspeed.get("zero_optimization") or {}
-        return int(zero.get("stage", 0)) if isinstance(zero, Mapping) else 1
+        return int((self.deepspeed.get("zero_optimization") or {}).get("stage", 0))
 
 
 def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scale_rate: bool = False) -> Plan:
@@ -60,6 +62,7 @@ def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scal
     What is settled is written into ``cfg`` too. scale_rate: mmdet's ``--auto-scale-lr``.
     """
     block = read_block(deepspeed_config)
+    refuse_by_deepspeed(deepspeed_config)
     batch = settle_batch(deepspeed_config, int(cfg.data.train_dataloader.get("samples_per_gpu", 2)), ranks)
     effective = {
         **deepspeed_config,
@@ -108,9 +111,6 @@ def settle_batch(config: Mapping[str, Any], samples_per_gpu: int, ranks: int) ->
     return Batch(train, micro, needed, ranks)
 
 
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
 def _settle_optimizer(plan: Plan, cfg: Config) -> None:
     block, own = plan.deepspeed.get("optimizer"), cfg.get("optimizer")
     if not block and not own:
@@ -118,6 +118,8 @@ def _settle_optimizer(plan: Plan, cfg: Config) -> None:
     if not block:
         plan.notes.append(f"optimizer {own.type} from the mmdet config")
         return
+    if plan.agvm is not None:
+        base_from_json(plan.deepspeed)
     aside = f"; the config's {own.type} is set aside" if own else ""
     plan.notes.append(f"optimizer {block.get('type')} from the DeepSpeed JSON{aside}")
 

@@ -16,9 +16,11 @@ def random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's, torch's and the accelerator's generators."""
     accelerator = get_accelerator()
     on_device = None if accelerator.device_name() == "cpu" else accelerator.get_rng_state()
+    numbers = np.random.get_state(legacy=False)
+    numbers["state"]["key"] = numbers["state"]["key"].tolist()  # a checkpoint is read without numpy's classes
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
+        "numpy": numbers,
         "torch": torch.get_rng_state(),
         "device": on_device,
     }
@@ -27,7 +29,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put a state back."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    numbers = state["numpy"]
+    np.random.set_state({**numbers, "state": {**numbers["state"], "key": np.array(numbers["state"]["key"], np.uint32)}})
     torch.set_rng_state(state["torch"])
     if state["device"] is not None:
         get_accelerator().set_rng_state(state["device"])

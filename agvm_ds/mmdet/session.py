@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.util
 import logging
 import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import deepspeed
 from deepspeed import comm
@@ -18,6 +24,10 @@ from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.compat import mend_mmdet
 from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.evaluate import broadcast_object
+
+LOCK = ".lock"
+"""A work dir's file that the launch at work there has locked."""
 
 
 def init_distributed() -> None:
@@ -41,6 +51,32 @@ def make_work_dir(work_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise HostError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def alone_in(work_dir: Path) -> Iterator[None]:
+    """Raise ConfigError when another launch is at work in this folder. The system takes the lock away from a dead process."""
+    with (work_dir / LOCK).open("a+") as file:
+        if refusal := broadcast_object(_lock(file) if comm.get_rank() == 0 else None):
+            raise ConfigError(f"--work-dir {work_dir}: {refusal}")
+        yield
+
+
+def _lock(file: TextIO) -> str | None:
+    """Why the lock cannot be had, None when it is had. It is this process's alone: data workers do not inherit it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return f"another launch is at work there ({file.read().strip()}); wait for it, stop it, or use another folder"
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return f"cannot be locked: {error.strerror}"
+        logging.getLogger("agvm_ds").warning("this file system has no locks: nothing keeps a second launch out")
+    file.truncate(0)
+    file.write(f"rank 0 is process {os.getpid()} on {socket.gethostname()}, since {time.asctime()}\n")
+    file.flush()
+    return None
 
 
 def make_demo_data(cfg: Config) -> None:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from mmcv import Config
 from mmdet.utils import get_root_logger, setup_multi_processes
 
 from agvm_ds.mmdet import data, session
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.data_check import check_on_hosts
+from agvm_ds.mmdet.errors import HostError, tell_dead
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
+from agvm_ds.mmdet.signals import RankWatch
 from agvm_ds.mmdet.weights import load_weights
 
 
@@ -26,6 +28,7 @@ class TestOptions:
 
     config: str
     checkpoint: str
+    trust_checkpoint: bool = False
     out: str | None = None
     metrics: tuple[str, ...] = ()
     allow_other_categories: bool = False
@@ -38,14 +41,19 @@ def test(options: TestOptions) -> dict[str, float]:
         raise HostError(f"checkpoint not found: {options.checkpoint}")
     cfg = read_config(options.config, options.cfg_options)
     session.init_distributed()
+    with RankWatch(tell_dead, stops=False).naming_the_dead():
+        return _measure(options, cfg)
+
+
+def _measure(options: TestOptions, cfg: Config) -> dict[str, float]:
     setup_multi_processes(cfg)
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
-    data.check_files(cfg, ["test"])
+    check_on_hosts(cfg, ["test"], options.allow_other_categories, options.metrics)
     device = get_accelerator().current_device_name()
     detector = plain_detector(cfg, device)
-    load_weights(detector, options.checkpoint, get_root_logger())
-    loader = data.test_loader(cfg, "test", options.allow_other_categories)
+    load_weights(detector, options.checkpoint, get_root_logger(), options.trust_checkpoint)
+    loader = data.test_loader(cfg, "test")
     results = collect(detect(detector, loader, device), len(loader.dataset))
     metrics: dict[str, float] = {}
     if results is not None:
@@ -53,7 +61,7 @@ def test(options: TestOptions) -> dict[str, float]:
             Path(options.out).write_bytes(pickle.dumps(results))
         metric = list(options.metrics) or cfg.get("evaluation", {}).get("metric", "bbox")
         metrics = metrics_of(loader.dataset, results, {"metric": metric}, get_root_logger())
-    return dict(broadcast_object(metrics)) if comm.is_initialized() else metrics
+    return dict(broadcast_object(metrics))
 
 
 test.__test__ = False  # type: ignore[attr-defined]

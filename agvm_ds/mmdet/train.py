@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmcv
@@ -17,25 +17,31 @@ from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 from mmcv.runner import build_runner
 from mmdet import __version__ as mmdet_version
+from mmdet.datasets import NumClassCheckHook
 from mmdet.models import build_detector
 from mmdet.utils import get_root_logger
 from torch import nn
 
 import agvm_ds
+from agvm_ds.checkpoints import Placed
 from agvm_ds.config import ConfigError
-from agvm_ds.engine import load_config
+from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
-from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
+from agvm_ds.mmdet import runner as runners
+from agvm_ds.mmdet.checkpointing import Saving, refuse_nothing_to_resume, saved_seed
+from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config
+from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.errors import HostError, tell_dead
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
 from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
-from agvm_ds.mmdet.runner import refuse_nothing_to_resume
+from agvm_ds.mmdet.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.summary import summarize
 from agvm_ds.mmdet.weights import keep_unrounded, load_weights
 from agvm_ds.monitor import FILE_NAME, JsonLines
@@ -49,7 +55,10 @@ class TrainOptions:
     config: str | None = None
     work_dir: str | None = None
     resume: bool = False
+    allow_older: bool = False
+    keep: int | None = None
     load_from: str | None = None
+    trust_checkpoint: bool = False
     seed: int | None = None
     diff_seed: bool = False
     deterministic: bool = False
@@ -64,28 +73,44 @@ def train(options: TrainOptions) -> None:
     started = time.perf_counter()
     plan, cfg, work_dir = prepare(options)
     session.init_distributed()
+    watch = RankWatch(tell_dead)
+    with watch.naming_the_dead(), session.alone_in(work_dir):
+        run(options, plan, cfg, work_dir, watch, started)
+
+
+def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: RankWatch, started: float) -> None:
+    """A run whose ranks have met."""
     if config_path(options.config) == DEMO_CONFIG:
         session.make_demo_data(cfg)
-    data.check_files(cfg, splits_read(options, cfg))
+    plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
     logger = session.open_log(cfg, work_dir)
-    seed = session.settle_seed(cfg, options.seed, options.diff_seed, options.deterministic)
-    loaders = data.phase_loaders(cfg, plan.batch, options.allow_other_categories)
+    asked = options.seed if options.seed is not None else cfg.get("seed")
+    asked = saved_seed(work_dir) if options.resume and asked is None else asked
+    seed = session.settle_seed(cfg, asked, options.diff_seed, options.deterministic)
+    loaders = data.phase_loaders(cfg, plan.batch)
+    for phase_loader in loaders:
+        shield_workers(phase_loader)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
-    detector = make_detector(cfg, plan, loader.dataset.CLASSES)
-    unrounded = keep_unrounded(detector) if plan.half else {}
+    detector = make_detector(cfg, plan, loader.dataset.CLASSES, options.trust_checkpoint)
+    check_num_classes(cfg, detector, loader)
     setup = optimizer.build(detector, cfg, plan)
+    unrounded = keep_unrounded(detector) if plan.half else {}
+    saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
-    runner = make_runner(options, cfg, plan, engine, seed, unrounded)
+    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset))
+    runner = make_runner(options, cfg, plan, model, seed, saving, watch)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
     clock = ThroughputHook()
     runner.register_hook(clock, priority="VERY_HIGH")
-    write_effective_configs(cfg, plan, engine, work_dir)
     if options.resume:
-        runner.resume_state(loader)
+        runner.resume_state(loader, options.allow_older)
+    else:
+        runner.set_earlier_aside()
+    write_effective_configs(cfg, plan, engine, work_dir)
     if engine.agvm is not None and engine.global_rank == 0:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     for note in plan.notes:
@@ -106,11 +131,19 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     cfg.work_dir, work_dir = str(named), Path(named)
     if options.resume:
         refuse_nothing_to_resume(work_dir)
+    if options.keep is not None:
+        cfg.checkpoint_config = {**(cfg.get("checkpoint_config") or {}), "max_keep_ckpts": options.keep}
     cfg.load_from = options.load_from or cfg.get("load_from")
     if cfg.load_from and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
         raise HostError(f"{'--load-from' if options.load_from else 'load_from'}: not found: {cfg.load_from}")
     session.make_work_dir(work_dir)
     return plan, cfg, work_dir
+
+
+def kept(cfg: Config) -> int | None:
+    """How many checkpoints stay; None: all."""
+    most = (cfg.get("checkpoint_config") or {}).get("max_keep_ckpts", -1)
+    return int(most) if most > 0 else None
 
 
 def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
@@ -119,9 +152,10 @@ def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
     return ["train", "val"] if validates else ["train"]
 
 
-def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
+def make_detector(cfg: Config, plan: Plan, classes: Any, trust: bool = False) -> nn.Module:
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
-    detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    with blamed("model"):
+        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     on_cpu = get_accelerator().device_name() == "cpu"
     if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules()):
         raise ConfigError("the detector has SyncBN, which needs a GPU; on a CPU set norm_cfg.type to BN or GN")
@@ -132,17 +166,27 @@ def make_detector(cfg: Config, plan: Plan, classes: Any) -> nn.Module:
     quiet.setLevel(level)
     detector.CLASSES = classes
     if cfg.load_from:
-        load_weights(detector, cfg.load_from, get_root_logger())
+        load_weights(detector, cfg.load_from, get_root_logger(), trust)
     if plan.half:
         enable_half(detector, plan.half)
     return detector
 
 
+def check_num_classes(cfg: Config, detector: nn.Module, loader: Any) -> None:
+    """NumClassCheckHook's own check, where the config has it, before anything is trained."""
+    hooks = cfg.get("custom_hooks") or []
+    if any(hook["type"] == "NumClassCheckHook" for hook in (hooks if isinstance(hooks, (list, tuple)) else [hooks])):
+        with blamed("num_classes in the model, or classes of the data"):
+            NumClassCheckHook().before_train_epoch(
+                SimpleNamespace(model=detector, data_loader=loader, logger=get_root_logger())
+            )
+
+
 def make_runner(
-    options: TrainOptions, cfg: Config, plan: Plan, engine: Any, seed: int, unrounded: Mapping[str, Any]
+    options: TrainOptions, cfg: Config, plan: Plan, model: EngineModel, seed: int, saving: Saving, watch: RankWatch
 ) -> Any:
     """mmcv's runner with the config's hooks; the engine takes the place of the optimizer hook."""
-    kind = cfg.runner.type
+    kind, engine = cfg.runner.type, model.engine
     for group in engine.basic_optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # before a resume brings the rate of its update
     meta = {
@@ -152,26 +196,28 @@ def make_runner(
         "mmdet_version": mmdet_version,
     }
     runner = build_runner(
-        {**cfg.runner, "type": kind.replace("Runner", "EngineRunner")},
+        {**cfg.runner, "type": runners.ENGINE_RUNNERS[kind].__name__},
         default_args={
-            "model": EngineModel(engine),
+            "model": model,
             "optimizer": engine.basic_optimizer,
             "work_dir": cfg.work_dir,
             "logger": get_root_logger(),
             "meta": meta,
             "batch": plan.batch,
-            "unrounded": unrounded,
+            "saving": saving,
+            "watch": watch,
         },
     )
     runner.timestamp = cfg.timestamp
-    runner.register_training_hooks(
-        cfg.get("lr_config"),
-        None,  # DeepSpeed's engine.step() is the optimizer hook
-        None,
-        cfg.get("log_config"),
-        cfg.get("momentum_config"),
-        custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
-    )
+    with blamed("lr_config, log_config, momentum_config or custom_hooks"):
+        runner.register_training_hooks(
+            cfg.get("lr_config"),
+            None,  # DeepSpeed's engine.step() is the optimizer hook
+            None,
+            cfg.get("log_config"),
+            cfg.get("momentum_config"),
+            custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
+        )
     if cfg.get("checkpoint_config"):
         settings = {"by_epoch": kind == "EpochBasedRunner", **cfg.checkpoint_config}
         runner.register_hook(EngineCheckpointHook(**settings), priority="NORMAL")
@@ -185,7 +231,8 @@ def add_evaluation(options: TrainOptions, cfg: Config, runner: Any) -> EngineEva
     """mmdet's evaluation, as the config's ``evaluation`` says."""
     settings = {**cfg.get("evaluation", {}), "by_epoch": cfg.runner.type != "IterBasedRunner"}
     detector = plain_detector(cfg, runner.engine.device)
-    loader = data.test_loader(cfg, "val", options.allow_other_categories)
+    loader = data.test_loader(cfg, "val")
+    shield_workers(loader)
     hook = EngineEvalHook(loader, **settings, detector=detector, engine=runner.engine)
     runner.register_hook(hook, priority="LOW")
     return hook

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from mmcv.runner import load_checkpoint
 from torch import nn
 
+from agvm_ds.checkpoints import NotWrittenError, any_pickle, weights_only
 from agvm_ds.config import ConfigError
 
 StateDict = dict[str, torch.Tensor]
@@ -70,25 +72,51 @@ def _unfused_masters(engine: Any) -> dict[int, torch.Tensor]:
     return {id(p): master for half, full in pairs for p, master in zip(half, full, strict=True)}
 
 
-def load_weights(detector: nn.Module, source: str, logger: Any) -> None:
-    """Load a ``.pth`` (a file, or a URL that mmcv knows) that fits in part at least. Raises ConfigError."""
+def load_weights(detector: nn.Module, source: str, logger: Any, trust: bool = False) -> None:
+    """Load a ``.pth`` (a file, or a URL that mmcv knows) that fits in part at least. Raises ConfigError.
+
+    trust: read whatever the file holds; else tensors and plain data alone, so that no code in it is run.
+    """
     try:
-        loaded = load_checkpoint(detector, source, map_location="cpu", logger=logger)
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{source}: cannot be loaded as a .pth: {type(error).__name__}: {reason}") from error
+        with any_pickle() if trust else weights_only():
+            loaded = load_checkpoint(detector, source, map_location="cpu", logger=logger)
+    except pickle.UnpicklingError as error:
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        if trust or held is None:
+            raise ConfigError(f"{source}: cannot be loaded as a .pth: {_first_line(error)}") from error
+        raise ConfigError(
+            f"{source}: holds {held[1]}, and reading that can run code. Only for a file from somebody you trust: "
+            "--trust-checkpoint"
+        ) from error
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: cannot be loaded as a .pth: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     weights = loaded.get("state_dict", loaded)
     if not {name.removeprefix("module.") for name in weights} & set(detector.state_dict()):
         raise ConfigError(f"{source}: none of its weights has a place in the detector; is it of another one?")
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def publish(weights: StateDict, meta: Mapping[str, Any], path: Path, link: str | None = None) -> None:
-    """Write ``{"meta", "state_dict"}`` as plain mmdet reads it: whole or not at all. link: a symlink's name beside it."""
+    """Write ``{"meta", "state_dict"}`` as plain mmdet reads it: whole or not at all. link: a symlink's name beside it.
+
+    Raises NotWrittenError.
+    """
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        torch.save({"meta": dict(meta), "state_dict": weights}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with draft.open("wb") as file:
+            torch.save({"meta": dict(meta), "state_dict": weights}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        raise NotWrittenError(
+            f"{path} cannot be written: {_first_line(error)}; make room and continue with --resume"
+        ) from error
     os.replace(draft, path)
     if link is not None:
         draft_link = path.with_name(f".{link}.tmp")

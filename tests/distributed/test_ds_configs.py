@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agvm_ds.engine import load_config
+from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.plan import make_plan
 from tests.engines import started, update

@@ -44,6 +44,31 @@ def other_category(place: Path) -> None:
     (place / "odd.json").write_text(json.dumps(notes))
 
 
+def cut_annotations(place: Path) -> None:
+    text = (place.parent / "digits/annotations/train.json").read_text()
+    (place / "cut.json").write_text(text[: len(text) // 2])
+
+
+def damage(place: Path) -> None:
+    """Bad boxes in the first rank's host's file: of several kinds."""
+    notes = json.loads((place.parent / "digits/annotations/val.json").read_text())
+    notes["annotations"][0]["bbox"] = [30, 30, -10, -10]
+    notes["annotations"][2]["bbox"][0] = float("nan")
+    (place / "damaged.json").write_text(json.dumps(notes))
+
+
+def truncate_one(place: Path) -> None:
+    """All images but one are the shared data set's own."""
+    for split in ("train", "val"):
+        (place / split).mkdir()
+        for image in (place.parent / f"digits/{split}").iterdir():
+            (place / split / image.name).symlink_to(image)
+        broken = place / split / "000003.png"
+        content = broken.read_bytes()
+        broken.unlink()
+        broken.write_bytes(content[:900])
+
+
 def junk(place: Path) -> None:
     (place / "junk.pth").write_bytes(b"no weights")
 
@@ -76,6 +101,44 @@ MISTAKES = {
         options={"data.train.ann_file": "{place}/odd.json"},
         prepare=other_category,
     ),
+    "annotations cut short": Mistake(
+        "cut.json: not JSON: ", options={"data.train.ann_file": "{place}/cut.json"}, prepare=cut_annotations
+    ),
+    "a class without a comma": Mistake("a string names a file of classes", options={"data.train.classes": "cat"}),
+    "prefix of another kind": Mistake("data.train: cannot be built: TypeError", options={"data.train.img_prefix": "5"}),
+    "annotations to validate": Mistake(
+        "box of negative width or height", options={"data.val.ann_file": "{place}/damaged.json"}, prepare=damage
+    ),
+    "annotations to test": Mistake(
+        "box with NaN or infinity",
+        options={"data.test.ann_file": "{place}/damaged.json"},
+        words=("{place}/junk.pth",),
+        prepare=lambda place: (junk(place), damage(place)),
+        script="test.py",
+    ),
+    "truncated image": Mistake(
+        "train/000003.png: image that cannot be decoded: truncated, or no image",
+        options={"data.train.img_prefix": "{place}/train"},
+        prepare=truncate_one,
+    ),
+    "truncated image in a worker": Mistake(
+        "train/000003.png: image that cannot be decoded: truncated, or no image",
+        options={"data.train.img_prefix": "{place}/train", "data.workers_per_gpu": 1},
+        prepare=truncate_one,
+    ),
+    "truncated image to validate": Mistake(
+        "val/000003.png: image that cannot be decoded: truncated, or no image",
+        options={"data.val.img_prefix": "{place}/val", "evaluation.interval": 1},
+        prepare=truncate_one,
+        config="del custom_hooks",
+    ),
+    "backbone": Mistake("model: cannot be built: KeyError", options={"model.backbone.type": "ResNett"}),
+    "classes": Mistake("num_classes", options={"model.roi_head.bbox_head.num_classes": 11}),
+    "policy": Mistake("lr_config, log_config", options={"lr_config.policy": "Stepp"}),
+    "step of the pipeline": Mistake(
+        "data: cannot be built: KeyError", config='data["train"]["pipeline"][0] = dict(type="LoadImageFromDisk")'
+    ),
+    "key of the JSON": Mistake("agmv: unknown key, which DeepSpeed would ignore; did you mean agvm?", {"agmv": AGVM}),
     "work dir": Mistake("cannot be written", prepare=in_the_way),
     "resume": Mistake("nothing to resume", words=("--resume",)),
     "options": Mistake("'foo' is not KEY=VALUE", last=("foo",)),
@@ -111,7 +174,9 @@ def test_a_mistake_is_told_once_and_ends_every_rank(name: str, tmp_path_factory:
     more = [*mistake.words, *cfg_options({**data_options(digits), **mistake.options}), *mistake.last]
     words += [word.replace("{place}", str(place)) for word in more]
     outcome = launch(mistake.script, words, place, mistake.ranks)
-    assert outcome.codes == [2] * mistake.ranks, outcome.output
+    # Where one rank alone comes to a mistake, in the middle of a run, another may see that it is gone: 1.
+    alone = "truncated" in name
+    assert 2 in outcome.codes and set(outcome.codes) <= ({1, 2} if alone else {2}), outcome.output
     assert outcome.output.count("error: ") == 1, outcome.output
     assert mistake.said in outcome.output
     assert "Traceback" not in outcome.output

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from agvm_ds.config import read_block
-from agvm_ds.engine import load_config
+from agvm_ds.deepspeed_json import load_config
 from agvm_ds.groups import param_groups
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.plan import make_plan

@@ -134,7 +134,9 @@ def test_what_cannot_be_done_is_refused_with_the_reason(name: str) -> None:
 
 
 def test_what_can_be_done_is_not_refused() -> None:
-    plan, cfg = planned({"zero_optimization": True}, {"custom_hooks": [{"type": "EMAHook"}], "auto_resume": True})
+    plan, cfg = planned(
+        {"zero_optimization": {"stage": 1}}, {"custom_hooks": [{"type": "EMAHook"}], "auto_resume": True}
+    )
     refuse_unsupported(cfg, plan)
     assert plan.stage == 1
     assert any("auto_resume is set aside" in note for note in plan.notes)

@@ -1,0 +1,45 @@
+"""A checkpoint is data: reading it runs no code that somebody may have put into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+"""All that DeepSpeed 0.19 puts into its checkpoints beside tensors and Python's plain types."""
+
+_ONLY, _ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Every ``torch.load`` within reads tensors and plain data, though its caller asks for any pickle, as DeepSpeed does.
+
+    A file that holds more raises ``pickle.UnpicklingError``, which names the class.
+    """
+    with _environment(_ONLY, _ANYTHING), torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+        yield
+
+
+@contextmanager
+def any_pickle() -> Iterator[None]:
+    """``torch.load`` within reads whatever a file holds, which may be code: for files that the user has said to trust."""
+    with _environment(_ANYTHING, _ONLY):
+        yield
+
+
+@contextmanager
+def _environment(on: str, off: str) -> Iterator[None]:
+    before = {name: os.environ.pop(name, None) for name in (on, off)}
+    os.environ[on] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[on]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -1,0 +1,160 @@
+"""SIGTERM, by which schedulers and DeepSpeed's launcher end a rank: a wish to stop, or the news that another rank has died.
+
+A scheduler that takes a machine back sends SIGTERM and waits: the update in hand is finished, a checkpoint written, and every
+rank exits with EXIT_PREEMPTED. DeepSpeed's launcher sends it to the ranks that are left when one has died; they can finish
+nothing, and end at once, naming the dead one.
+
+Only a thread can act then: Python's handlers wait for the main thread, which may be inside a collective that never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from deepspeed import comm
+
+from agvm_ds.checkpoints import NotWrittenError
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.errors import EXIT_RANK_DIED, RankDied
+
+EXIT_PREEMPTED = 143
+"""As a shell says of a process that SIGTERM ended: 128 + 15."""
+_GRACE = 2.0
+"""Seconds in which a rank that closed its connections becomes a dead process."""
+
+
+class StopAsked(Exception):
+    """Any rank was sent SIGTERM while the ranks evaluated."""
+
+
+class Preempted(SystemExit):
+    """The run stops because it was asked to; everything is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another rank."""
+
+    rank: int
+    host: str
+    pid: int
+    started: float
+
+    def gone(self) -> bool:
+        """Whether it was on this host, and its process has ended."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+class RankWatch:
+    """Knows which ranks of this host live; every rank must make one at once.
+
+    stops: listen for SIGTERM from now on, and ask ``stop_asked`` between updates; else it ends the process, as ever.
+    on_death: called in a thread when SIGTERM came for the death of others.
+    """
+
+    def __init__(self, on_death: Callable[[RankDied], None], stops: bool = True) -> None:
+        self._on_death = on_death
+        self._asked = threading.Event()
+        self._stopping = False
+        me = psutil.Process()
+        mine = Peer(comm.get_rank(), socket.gethostname(), me.pid, me.create_time())
+        found: list[Any] = [None] * comm.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+        self._peers: list[Peer] = [peer for peer in found if peer != mine]
+        if stops:
+            self._listen()
+
+    def _listen(self) -> None:
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.signal(signal.SIGTERM, _left_to_the_thread)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(read,), name="SIGTERM", daemon=True).start()
+
+    def _hear(self, read: int) -> None:
+        while byte := os.read(read, 1):
+            if byte[0] != signal.SIGTERM or self._stopping:
+                continue
+            if dead := self.dead(0.0):
+                self._on_death(RankDied(dead))
+                os._exit(EXIT_RANK_DIED)
+            self._asked.set()  # it may come twice: from the scheduler, and from the launcher that got it too
+
+    def dead(self, grace: float = _GRACE) -> list[int]:
+        """Ranks of this host whose process has ended."""
+        end = time.monotonic() + grace
+        while not (found := [peer.rank for peer in self._peers if peer.gone()]) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
+
+    def stop_asked(self, device: torch.device | str) -> bool:
+        """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
+        flag = torch.tensor(float(self._asked.is_set()), device=device)
+        comm.all_reduce(flag)
+        self._stopping = bool(flag.item() > 0)
+        return self._stopping
+
+    def listening(self, batches: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
+        """The batches of an evaluation, of which each rank has as many; raises StopAsked on all ranks between two."""
+        for batch in batches:
+            yield batch
+            if self.stop_asked(device):
+                raise StopAsked
+
+    @contextmanager
+    def naming_the_dead(self) -> Iterator[None]:
+        """Raise RankDied in the place of what a rank's death causes on the others: a collective that fails."""
+        try:
+            yield
+        except Exception as error:
+            # A mistake of the user's is told as such; a checkpoint that cannot be written may be a rank's death, though.
+            if (isinstance(error, NotWrittenError) or not isinstance(error, ConfigError)) and (dead := self.dead()):
+                raise RankDied(dead) from error
+            raise
+
+
+def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """Python wants a handler; the thread has heard it."""
+
+
+def shield_workers(loader: Any) -> None:
+    """Let a loader's workers live on when the launcher sends SIGTERM to all processes: the update in hand needs them.
+
+    They still end when their own rank says so, which is how Python ends them with it.
+    """
+    initialize = loader.worker_init_fn
+
+    def shielded(worker: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+        if initialize is not None:
+            initialize(worker)
+
+    loader.worker_init_fn = shielded
+
+
+def _end_by(parent: int) -> None:
+    """End this process when its parent sends SIGTERM, which is blocked for all others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

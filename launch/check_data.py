@@ -1,0 +1,71 @@
+"""Look through the data of a config before training: python launch/check_data.py CONFIG [--decode]"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from agvm_ds.mmdet.commandline import Parser
+from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.data_check import SPLITS, Checked, check_data
+from agvm_ds.mmdet.errors import EXIT_BAD_INPUT, main_of_rank
+from agvm_ds.mmdet.images import decode_all
+
+
+def main() -> None:
+    """Parse, check, print; exit with 2 when there is something that a run would refuse."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("config", help="an mmdet config file, or the name of one that mmdet ships")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="default: all three")
+    parser.add_argument("--decode", action="store_true", help="decode every image too, and compare its size")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes that decode (default %(default)s)"
+    )
+    parser.add_argument("--allow-other-categories", action="store_true", help="as in launch/train.py")
+    parser.add_common()
+    args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: must be at least 1")
+    checked = check_data(read_config(args.config, args.cfg_options), args.splits, args.allow_other_categories)
+    if args.decode:
+        decode(checked, args.workers)
+    show(checked, Console())
+    if checked.lines():
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def decode(checked: Checked, workers: int) -> None:
+    """Decode the images of all sources, each file's once."""
+    sources = {id(source.report): source for source in checked.sources if source.report is not None}
+    with Progress() as progress:
+        task = progress.add_task("decoding images", total=sum(len(source.images) for source in sources.values()))
+        for source in sources.values():
+            kind = source.loader.get("color_type", "color")
+            decode_all(source.images, kind, source.report, workers, lambda: progress.advance(task))  # type: ignore[arg-type]
+
+
+def show(checked: Checked, console: Console) -> None:
+    """The tables of what was looked through and of what was found."""
+    table = Table("data set", "annotation file", "images", "annotations", "classes seen")
+    for source in checked.sources:
+        found = source.report
+        counts = ["not checked: read by other means than CocoDataset's"]
+        if found is not None and source.use is not None:
+            seen = f"{found.seen} of {len(source.use.classes)}"
+            counts = [str(len(found.images)), str(found.annotations), seen]
+        table.add_row(source.where, str(source.file), *counts)
+    console.print(table)
+    findings = Table("", "what and where", show_lines=True)
+    for kind, noted in (("refused", False), ("noted", True)):
+        for line in checked.lines(noted):
+            findings.add_row(kind, Text(line))  # brackets are no markup
+    console.print(findings if findings.row_count else "nothing found: the data are in order")
+
+
+if __name__ == "__main__":
+    main_of_rank(main)

@@ -1,0 +1,89 @@
+"""Which checkpoints of a folder count, in which order, and which of them go; no engine is needed for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agvm_ds.checkpoints import CheckpointError, Layout, Manifest, Vault
+from agvm_ds.checkpoints.vault import LATEST, MANIFEST, File, digest
+from tests.launch import run_ranks
+
+LAYOUT = Layout(
+    ranks=2,
+    stage=0,
+    precision="float32",
+    optimizer="SGD",
+    wrapper="",
+    groups=[],
+    parameters=[],
+    group_of=[],
+    fragments=[],
+)
+
+
+def written(folder: Path, tag: str, update: int, interim: bool = False) -> Path:
+    place = folder / tag
+    place.mkdir(parents=True)
+    (place / "x.pt").write_bytes(tag.encode())
+    file = File(name="x.pt", rank=1, size=len(tag), sha256=digest(place / "x.pt"))
+    manifest = Manifest(update=update, interim=interim, seed=3, layout=LAYOUT, files=[file])
+    (place / MANIFEST).write_text(manifest.model_dump_json())
+    (folder / LATEST).write_text(tag)
+    return place
+
+
+def test_newest_first_and_a_lasting_one_before_an_interim_of_the_same_update(tmp_path: Path) -> None:
+    written(tmp_path, "epoch_2", 12)
+    written(tmp_path, "update_18", 18, interim=True)
+    written(tmp_path, "epoch_3", 18)
+    written(tmp_path, "epoch_10", 60)
+    written(tmp_path, ".epoch_11.draft", 66)
+    (written(tmp_path, "epoch_9", 54) / MANIFEST).write_text("{")
+    assert Vault(tmp_path).by_age() == ["epoch_10", "epoch_3", "update_18", "epoch_2"]
+    with pytest.raises(CheckpointError, match=r"epoch_9/manifest.json: damaged"):
+        Vault(tmp_path).manifest("epoch_9")
+
+
+def pruned(folder: Path) -> list[list[str]]:
+    """In a rank: what is left after pruning to all, two, and one."""
+    found = []
+    for keep in (None, 2, 1):
+        Vault(folder).prune(keep)
+        found.append(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    return found
+
+
+def test_interim_ones_go_when_a_later_one_is_there_and_the_newest_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    for tag, update in (("epoch_1", 6), ("update_8", 8), ("epoch_2", 12), ("epoch_3", 18)):
+        written(folder, tag, update, interim=tag.startswith("update"))
+    one, two = run_ranks(pruned, 2, tmp_path, folder)
+    assert one == two == [["epoch_1", "epoch_2", "epoch_3"], ["epoch_2", "epoch_3"], ["epoch_3"]]
+
+
+def looked_through(folder: Path) -> dict[str, list[str]]:
+    """In a rank: the problems of each."""
+    return {tag: Vault(folder).problems(tag) for tag in ("good", "cut", "flipped", "gone", "no manifest", "damaged")}
+
+
+def test_each_kind_of_damage_is_found_by_all_ranks(tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    written(folder, "good", 1)
+    (written(folder, "cut", 1) / "x.pt").write_bytes(b"c")
+    (written(folder, "flipped", 1) / "x.pt").write_bytes(b"fliqped")
+    (written(folder, "gone", 1) / "x.pt").unlink()
+    (written(folder, "no manifest", 1) / MANIFEST).unlink()
+    (written(folder, "damaged", 1) / MANIFEST).write_text('{"update": 1')
+    one, two = run_ranks(looked_through, 2, tmp_path, folder)
+    assert one == two
+    assert one["good"] == []
+    for tag, words in (
+        ("cut", "cut/x.pt: 1 bytes, 3 were written"),
+        ("flipped", "SHA-256"),
+        ("gone", "gone/x.pt: missing"),
+    ):
+        assert len(one[tag]) == 1 and words in one[tag][0]
+    assert one["no manifest"] == [f"{folder}/no manifest/manifest.json: missing"]
+    assert len(one["damaged"]) == 1 and "damaged" in one["damaged"][0]

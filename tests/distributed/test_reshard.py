@@ -1,0 +1,222 @@
+"""A checkpoint goes on in a run of another layout: ranks, ZeRO stage, modules; nothing of weights and moments is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+from agvm_ds import AGVM, param_groups
+from agvm_ds.checkpoints import Placed, Vault, WholeState, layout_of, load_into
+from tests.engines import OPTIONS, ds_config, identical, masters, started, update
+from tests.launch import run_ranks
+from tests.toy import Toy
+
+N, SAVED, ALL = 6, 3, 6
+"""Micro-batches of an update, in every run; updates before the checkpoint, and altogether."""
+MODULES = ["backbone", "neck", "rpn_head", "roi_head"]
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "round robin": {"zero_optimization": {"round_robin_gradients": True}},
+    "aligned": {"zero_optimization": {"parameter_alignment": True}},
+    "sub-groups": {"zero_optimization": {"sub_group_size": 50}},
+    "offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
+    "fp32 accumulation": {"data_types": {"grad_accum_dtype": "fp32"}},
+}
+"""What changes the flat buffers, or where they are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One layout."""
+
+    ranks: int
+    stage: int
+    base: str = "SGD"
+    bf16: bool = False
+    modules: tuple[str, ...] | None = None
+    agvm: bool = True
+    extra: str = ""
+    """One of EXTRAS."""
+
+    def __str__(self) -> str:
+        words = [f"{self.ranks} ranks", f"stage {self.stage}", self.base, "bf16" * self.bf16]
+        words.append(self.extra)
+        return " ".join(filter(None, [*words, "modules" * bool(self.modules), "" if self.agvm else "off"]))
+
+    @contextmanager
+    def start(self, seed: int = 0) -> Iterator[tuple[Any, Placed]]:
+        """Its engine, and its parameters."""
+        model = Toy(seed=seed)
+        groups = param_groups(model, list(self.modules) if self.modules else None)
+        placed = Placed.of(model, groups)
+        more = {"bf16": {"enabled": True}} if self.bf16 else {}
+        config = ds_config(self.stage, N // self.ranks, self.base, **more)
+        for key, value in EXTRAS.get(self.extra, {}).items():
+            config[key] = {**config[key], **value} if key in config and isinstance(value, dict) else value
+        if not self.agvm:
+            config["agvm"]["enabled"] = False
+        optimizer = AGVM(groups, base=getattr(torch.optim, self.base), **OPTIONS[self.base])
+        with started(config, model, optimizer=optimizer) as engine:
+            yield engine, placed
+
+
+SOURCES = [
+    *(Run(2, stage, base) for stage in range(4) for base in ("SGD", "AdamW")),
+    *(Run(2, stage, "AdamW", bf16=True) for stage in range(4)),
+    Run(2, 1, "AdamW", bf16=True, extra="fp32 accumulation"),
+    Run(2, 2, "AdamW", extra="round robin"),
+    Run(2, 1, "AdamW", extra="aligned"),
+    Run(2, 3, "AdamW", extra="sub-groups"),
+    Run(2, 3, "AdamW", extra="offload"),
+    Run(2, 2, "SGD", extra="offload"),
+]
+
+
+def targets(source: Run, ranks: int) -> list[Run]:
+    """Other layouts with this many ranks that a checkpoint of ``source`` is loaded into."""
+    stage = (source.stage + ranks) % 4  # with 1 and 3 ranks: each to each but two apart
+    if source.extra:  # with it and without, in the same stage
+        return [replace(source, ranks=ranks), replace(source, ranks=ranks, extra="")]
+    moved = [replace(source, ranks=ranks, stage=stage)]
+    if ranks == 3:
+        moved.append(replace(source, ranks=ranks, stage=(source.stage + 2) % 4, modules=tuple(MODULES[:2])))
+        moved.append(replace(source, ranks=ranks, agvm=False))
+    return moved
+
+
+def settle(engine: Any) -> None:
+    """Each group goes on with a rate and a decay of its own."""
+    for index, group in enumerate(engine.basic_optimizer.param_groups):
+        group["lr"] *= 1 + index / 10
+        group["weight_decay"] *= 1 + index / 5
+
+
+def settings(engine: Any) -> list[tuple[float, float]]:
+    return [(group["lr"], group["weight_decay"]) for group in engine.basic_optimizer.param_groups]
+
+
+def save(engine: Any, placed: Placed, place: Path, run: Run) -> None:
+    Vault(place).save(engine, str(run), {"agvm": engine.agvm and engine.agvm.state_dict()}, layout_of(engine, placed))
+
+
+def whole(place: Path, run: Run) -> WholeState:
+    manifest = Vault(place).manifest(str(run))
+    assert manifest is not None
+    return WholeState(place / str(run), manifest.layout)
+
+
+def sources(place: Path) -> dict[Run, Any]:
+    """In a rank: train, save, and look with DeepSpeed's own eyes at what there is; then train on."""
+    found = {}
+    for run in SOURCES:
+        with run.start() as (engine, placed):
+            for t in range(SAVED):
+                update(engine, t)
+            settle(engine)
+            save(engine, placed, place, run)
+            seen = masters(engine), moments(engine), settings(engine)
+            for t in range(SAVED, ALL):
+                update(engine, t)
+            found[run] = *seen, masters(engine)
+    return found
+
+
+def moments(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """name -> key -> the optimizer's state, as ``deepspeed.utils`` finds it; ZeRO only."""
+    config = engine._config.zero_config
+    if not engine.zero_optimization() or config.round_robin_gradients:  # with it DeepSpeed finds others' elements
+        return {}
+    if (
+        engine.zero_optimization_stage() < 3
+    ):  # DeepSpeed links them after the first group's first step: the others' are missing
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    keys = [
+        key
+        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        if key in next(iter(engine.basic_optimizer.state.values()))
+    ]
+    return {
+        name: {key: deepspeed.utils.safe_get_full_optimizer_state(p, key).clone() for key in keys}
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def moved(place: Path, ranks: int) -> dict[tuple[Run, Run], Any]:
+    """In a rank: load each checkpoint into another layout, save it from there, and train on."""
+    found = {}
+    for source in SOURCES:
+        for run in targets(source, ranks):
+            with run.start(seed=1) as (engine, placed):
+                saved = whole(place, source)
+                lost = load_into(engine, saved, placed, layout_of(engine, placed))
+                if engine.agvm:
+                    engine.agvm.load_state_dict(saved.common["agvm"], strict=False)
+                there = place / f"from {source}"
+                save(engine, placed, there, run)
+                steps = engine.global_steps
+                for t in range(SAVED, ALL):
+                    update(engine, t)
+                found[source, run] = lost, steps, masters(engine), settings(engine)
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reshard")
+
+
+@pytest.fixture(scope="module")
+def before(place: Path) -> dict[Run, Any]:
+    return dict(run_ranks(sources, 2, place, place)[0])
+
+
+@pytest.fixture(scope="module")
+def after(place: Path, before: dict[Run, Any]) -> dict[tuple[Run, Run], Any]:
+    found: dict[tuple[Run, Run], Any] = {}
+    for ranks in (1, 3):
+        found |= run_ranks(moved, ranks, place, place, ranks)[0]
+    return found
+
+
+@pytest.mark.parametrize("run", SOURCES, ids=str)
+def test_a_checkpoint_read_whole_is_what_the_engine_had(run: Run, place: Path, before: dict[Run, Any]) -> None:
+    weights, states, *_ = before[run]
+    saved = whole(place, run)
+    assert identical(dict(sorted(saved.weights().items())), dict(sorted(weights.items())))
+    for name, state in states.items():
+        found = saved.parameter(name).state
+        assert set(state) <= set(found)
+        assert all(torch.equal(found[key], value.reshape(-1)) for key, value in state.items())
+
+
+@pytest.mark.parametrize(("source", "run"), [(s, r) for s in SOURCES for n in (1, 3) for r in targets(s, n)], ids=str)
+def test_nothing_is_lost_in_another_layout(
+    source: Run, run: Run, place: Path, before: dict[Run, Any], after: dict[tuple[Run, Run], Any]
+) -> None:
+    """Saved again from there it is the same to the bit; and training goes on as it would have, but for rounding."""
+    lost, steps, end, kept = after[source, run]
+    one, other = whole(place, source), whole(place / f"from {source}", run)
+    assert lost == []
+    assert steps == SAVED
+    assert identical(dict(sorted(one.weights().items())), dict(sorted(other.weights().items())))
+    for name in one.layout.parameters:
+        assert identical(
+            dict(sorted(one.parameter(name).state.items())), dict(sorted(other.parameter(name).state.items()))
+        )
+    if not run.modules:
+        assert kept == before[source][2], "rates and decays are those of the checkpoint"
+    if run.agvm and not run.modules:
+        # aux_head has no gradient: DeepSpeed's stage 0 leaves it alone, the others step it with a gradient of zero.
+        names = [name for name in end if not name.startswith("aux_head")]
+        off = {name: (end[name] - before[source][3][name]).abs().max().item() for name in names}
+        assert max(off.values()) < (2e-2 if run.bf16 else 2e-6), off

@@ -1,0 +1,108 @@
+"""RankWatch over real ranks: who has died, and whether anybody was asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed import comm
+from torch.utils.data import DataLoader
+
+from agvm_ds.checkpoints import CheckpointError, NotWrittenError
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.errors import RankDied
+from agvm_ds.mmdet.signals import RankWatch, shield_workers
+from tests.launch import run_ranks
+
+
+def one_is_asked() -> list[bool]:
+    """In a rank: rank 1 gets SIGTERM, twice; all hear of it at the next update, and not before."""
+    watch = RankWatch(lambda error: None)
+    heard = [watch.stop_asked("cpu")]
+    if comm.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    return [*heard, watch.stop_asked("cpu")]
+
+
+def test_all_ranks_hear_that_one_was_asked_to_stop(tmp_path: Path) -> None:
+    assert run_ranks(one_is_asked, 2, tmp_path) == [[False, True]] * 2
+
+
+def left_alone(place: Path) -> Any:
+    """In a rank: rank 1 ends; rank 0 sees what of its own errors that explains."""
+    told: list[str] = []
+    watch = RankWatch(lambda error: told.append(str(error)))
+    assert watch.dead(0.0) == []
+    with pytest.raises(RuntimeError, match="a bug"), watch.naming_the_dead():
+        raise RuntimeError("a bug")
+    comm.barrier()
+    if comm.get_rank() == 1:
+        (place / "result_1").write_bytes(b"N.")
+        os._exit(0)
+    found = []
+    for error in (
+        RuntimeError("closed"),
+        NotWrittenError("closed"),
+        CheckpointError("mistake"),
+        ConfigError("mistake"),
+    ):
+        try:
+            with watch.naming_the_dead():
+                raise error
+        except Exception as seen:
+            found.append(type(seen))
+    return found, watch.dead()
+
+
+def test_an_error_that_a_death_caused_names_the_dead_and_a_mistake_stays_one(tmp_path: Path) -> None:
+    found, dead = run_ranks(left_alone, 2, tmp_path, tmp_path / "ranks_0")[0]
+    assert found == [RankDied, RankDied, CheckpointError, ConfigError]
+    assert dead == [1]
+
+
+def waits(place: Path) -> None:
+    """In a rank: rank 1 ends, and rank 0, which waits in C, is sent SIGTERM as the launcher does it."""
+    RankWatch(lambda error: (place / "told").write_text(str(error)) and None)
+    comm.barrier()
+    if comm.get_rank() == 0:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Lock().acquire() and _forever()
+    os._exit(0)
+
+
+def _forever() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()  # no signal handler of Python's runs until it is released
+
+
+def test_sigterm_after_a_death_ends_a_rank_that_waits_in_a_collective(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match=r"exit code 1|No such file"):
+        run_ranks(waits, 2, tmp_path, tmp_path, timeout=60)
+    assert time.monotonic() - begin < 30
+    assert "rank 1 has died" in (tmp_path / "told").read_text()
+
+
+def test_data_workers_outlive_the_launchers_sigterm_and_end_with_their_rank() -> None:
+    loader = DataLoader(range(100), num_workers=1)  # type: ignore[arg-type]
+    shield_workers(loader)
+    items = iter(loader)
+    assert next(items).item() == 0
+    (worker,) = items._workers  # type: ignore[attr-defined]
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert [item.item() for item in items] == list(range(1, 100))
+    items = iter(loader)
+    next(items)
+    (worker,) = items._workers  # type: ignore[attr-defined]
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
