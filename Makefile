@@ -30,7 +30,7 @@ demo: $(STAMP) ## train a small detector with AGVM on two ranks, then its mAP (a
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest
 
-test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 8 minutes)
+test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)
 	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
 
 lint: $(STAMP) ## ruff, mypy, import-linter
