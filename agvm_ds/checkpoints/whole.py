@@ -12,9 +12,8 @@ import torch
 
 from agvm_ds.checkpoints.layout import Layout
 from agvm_ds.checkpoints.safety import weights_only
+from agvm_ds.engine import PARTITIONED_WEIGHTS
 
-FP32 = "fp32"
-PARTITIONED_WEIGHTS = 3
 PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 """What the stages call a rank's fp32 partitions; what they call the base's state dict follows."""
 BASE_STATE = ("base_optimizer_state", "optimizer_state_dict")
@@ -64,7 +63,7 @@ class WholeState:
             found |= {name: self._frozen(name, shape) for name, shape in self.common["frozen_param_shapes"].items()}
         shapes = self._shapes()
         for name in self.layout.parameters:
-            found[name] = self.parameter(name).fp32.view(shapes[name])
+            found[name] = self._fp32(self._index[name]).view(shapes[name])
         for name, tied_to in (self.common.get("shared_params") or {}).items():
             found[name] = found[tied_to]
         return found
@@ -72,22 +71,33 @@ class WholeState:
     def parameter(self, name: str) -> Parameter:
         """A trained parameter. Raises KeyError for one that the checkpoint does not have."""
         index = self._index[name]
-        return self._from_shards(index) if self.layout.stage else self._replicated(index)
+        return Parameter(self._fp32(index), self._state(index))
+
+    def _fp32(self, index: int) -> torch.Tensor:
+        if not self.layout.stage:
+            return self._replicated_fp32(index)
+        parts = [
+            either(self._zero(rank), PARTITIONS)[buffer].view(-1)[here] for rank, buffer, here in self._runs(index)
+        ]
+        return torch.cat(parts)
+
+    def _state(self, index: int) -> dict[str, Any]:
+        return self._sharded_state(index) if self.layout.stage else self._replicated_state(index)
 
     # ZeRO 1 to 3: runs of flat buffers, in the files of the ranks
 
-    def _from_shards(self, index: int) -> Parameter:
-        runs = [(rank, cut[index]) for rank, cut in enumerate(self.layout.fragments) if cut[index] is not None]
+    def _runs(self, index: int) -> list[tuple[int, int, slice]]:
+        """(rank, buffer, where in the rank's part of it) of a parameter's elements, in their order."""
+        cuts = [(cut[index], rank) for rank, cut in enumerate(self.layout.fragments)]
+        runs = sorted((cut[2], rank, cut[0], cut[1], cut[3]) for cut, rank in cuts if cut is not None)
+        return [(rank, buffer, slice(start, start + numel)) for _, rank, buffer, start, numel in runs]
+
+    def _sharded_state(self, index: int) -> dict[str, Any]:
         parts: dict[str, list[Any]] = {}
-        for rank, (buffer, start, _, numel) in sorted(runs, key=lambda run: run[1][2]):  # type: ignore[index, misc]
-            flats = {FP32: either(self._zero(rank), PARTITIONS)[buffer], **self._base(rank).get(buffer, {})}
-            for key, flat in flats.items():
-                part = flat.view(-1)[start : start + numel] if is_flat(flat) else flat
-                parts.setdefault(key, []).append(part)
-        whole = {
-            key: torch.cat(found) if is_flat(found[0]) else copy.deepcopy(found[0]) for key, found in parts.items()
-        }
-        return Parameter(whole.pop(FP32), whole)
+        for rank, buffer, here in self._runs(index):
+            for key, flat in self._base(rank).get(buffer, {}).items():
+                parts.setdefault(key, []).append(flat.view(-1)[here] if is_flat(flat) else flat)
+        return {key: torch.cat(found) if is_flat(found[0]) else copy.deepcopy(found[0]) for key, found in parts.items()}
 
     def _base(self, rank: int) -> dict[int, dict[str, Any]]:
         return dict(either(self._zero(rank), BASE_STATE)["state"])
@@ -98,15 +108,17 @@ class WholeState:
 
     # Stage 0: whole tensors, in the file of rank 0
 
-    def _replicated(self, index: int) -> Parameter:
-        state = {
-            key: value.reshape(-1) if isinstance(value, torch.Tensor) and value.dim() else value
+    def _replicated_state(self, index: int) -> dict[str, Any]:
+        return {
+            key: value.reshape(-1) if is_flat(value) else value
             for key, value in self.base["state"].get(index, {}).items()
         }
+
+    def _replicated_fp32(self, index: int) -> torch.Tensor:
         masters = self.common["optimizer"].get("fp32_groups")
         if masters is None:
-            return Parameter(self.common["module"][self.layout.parameters[index]].reshape(-1), state)
-        return Parameter([master for group in masters for master in group][index].reshape(-1), state)
+            return self.common["module"][self.layout.parameters[index]].reshape(-1)
+        return [master for group in masters for master in group][index].reshape(-1)
 
     # Files
 

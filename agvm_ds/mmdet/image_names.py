@@ -18,9 +18,14 @@ def names_of(metas: Sequence[Mapping[str, Any]], data: Any) -> list[str]:
     return [f"{name} (id {ids[name]})" if name in ids else name for name in files]
 
 
+def wrapped(data: Any) -> list[Any]:
+    """The data sets inside one of mmdet's wrappers (repeat, concat); none in a plain one."""
+    return list(getattr(data, "datasets", None) or ([data.dataset] if hasattr(data, "dataset") else []))
+
+
 def _ids(data: Any) -> Iterator[tuple[str, Any]]:
     """(file, id) of the images of a data set, wrappers (repeat, concat) included."""
-    for part in getattr(data, "datasets", None) or ([data.dataset] if hasattr(data, "dataset") else []):
+    for part in wrapped(data):
         yield from _ids(part)
     for info in getattr(data, "data_infos", None) or []:
         if isinstance(info, Mapping) and "filename" in info and "id" in info:

@@ -32,6 +32,7 @@ from mmdet.datasets.pipelines import Compose
 
 from agvm_ds.mmdet import errors
 from agvm_ds.mmdet.findings import Report
+from agvm_ds.mmdet.image_names import wrapped
 
 UNREADABLE = "image that cannot be decoded: truncated, or no image"
 
@@ -73,7 +74,7 @@ def _said(path: str, error: Exception) -> str:
 
 def name_images(data: Any) -> Any:
     """A data set whose pipelines name the image they stop at, wrappers (repeat, concat) included."""
-    for part in getattr(data, "datasets", None) or ([data.dataset] if hasattr(data, "dataset") else []):
+    for part in wrapped(data):
         name_images(part)
     if type(getattr(data, "pipeline", None)) is Compose:
         data.pipeline = NamingCompose(data.pipeline.transforms)
