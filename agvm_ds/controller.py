@@ -138,7 +138,7 @@ class Controller:
             counts = f"{self._micro_batches} micro-batches instead of {self.shards.accumulation}"
             self._warn_once(f"update {t}: {counts}: not measured")
             return None
-        sums = self.shards.add_up(self._estimator.local_sums())
+        sums = self.shards.add_up(self._estimator.local_sums()).cpu()  # the one wait for an accelerator
         if not self._estimator.usable(sums):
             self._warn(f"update {t}: gradients, or their squares, are not finite; no scale factor changes")
             return None

@@ -27,9 +27,16 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 240
+    function: Callable[..., Any],
+    world_size: int,
+    tmp_path: Path,
+    *args: Any,
+    timeout: float = 240,
+    local_size: int | None = None,
 ) -> list[Any]:
     """Call ``function(*args)`` in ``world_size`` ranks of a gloo group; return what each returned, by rank.
+
+    local_size: how many ranks DeepSpeed takes a host to have; all, unless given, and then it sums in shared memory.
 
     Raises RankFailure with the first failing rank's traceback, or when a rank does not end in ``timeout`` seconds; the
     others are killed then.
@@ -37,7 +44,9 @@ def run_ranks(
     place = Path(tmp_path) / f"ranks_{len(list(Path(tmp_path).glob('ranks_*')))}"
     place.mkdir(parents=True)
     ranks = [
-        CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, str(place)), daemon=True)
+        CONTEXT.Process(
+            target=_rank, args=(function, args, rank, world_size, local_size or world_size, str(place)), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -65,12 +74,14 @@ def _wait(ranks: list[Any], place: Path, timeout: float) -> None:
                 raise RankFailure(f"rank {rank} of {len(ranks)} failed:\n{text}")
 
 
-def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, place: str) -> None:
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, local_size: int, place: str
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(world_size),
+        "LOCAL_SIZE": str(local_size),
     }
     import deepspeed
 

@@ -11,9 +11,31 @@ import torch
 from agvm_ds.shards import OwnerReduction, Piece, Shards
 
 
-def square_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """|tensor|^2 as a float64 scalar on the tensor's device, without a float64 copy of the tensor."""
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square()
+def square_norm(chunk: torch.Tensor) -> torch.Tensor:
+    """|chunk|^2 as a float64 scalar. On a CPU torch makes a float64 copy for it: see in_chunks."""
+    return torch.linalg.vector_norm(chunk, dtype=torch.float64).square()
+
+
+class ModuleSums:
+    """Float64 sums by module of many small results, which are kept until all are there: a few kernels add them up."""
+
+    def __init__(self, modules: int, rows: int, device: torch.device) -> None:
+        self._sums = torch.zeros(modules, rows, dtype=torch.float64, device=device)
+        self._results: list[torch.Tensor] = []
+        self._modules: list[int] = []
+
+    def add(self, module: int, result: torch.Tensor) -> None:
+        """Add a tensor of as many elements as there are rows to the sums of a module, given by its index."""
+        self._results.append(result)
+        self._modules.append(module)
+
+    def total(self) -> torch.Tensor:
+        """Shape (rows, modules): the sums so far."""
+        if self._results:
+            table = torch.stack(self._results).to(self._sums.device).reshape(len(self._results), -1)
+            self._sums.index_add_(0, torch.tensor(self._modules, device=table.device), table)
+            self._results, self._modules = [], []
+        return self._sums.T
 
 
 @dataclass(frozen=True)
@@ -45,9 +67,9 @@ class Estimator(ABC):
         """Micro-batches in an update."""
         return self.shards.ranks * self.shards.accumulation
 
-    def zeros(self) -> torch.Tensor:
-        """A float64 zero for each module, on the engine's device."""
-        return torch.zeros(len(self.modules), dtype=torch.float64, device=self.shards.engine.device)
+    def module_sums(self, rows: int) -> ModuleSums:
+        """Sums by module, ``rows`` of them each, zero so far, on the engine's device."""
+        return ModuleSums(len(self.modules), rows, self.shards.engine.device)
 
     @abstractmethod
     def start(self) -> None:
@@ -110,14 +132,13 @@ class ElementwiseEstimator(Estimator):
 
     def local_sums(self) -> torch.Tensor:
         """Shape (2 + rows, modules): how often a gradient was seen, |G|^2 and the ``rows`` sums over the local shard."""
-        table = torch.stack([self.zeros() for _ in range(2 + self.rows)])
-        table[0] = torch.tensor(self._seen)
+        found = self.module_sums(1 + self.rows)
         for piece in self.shards.pieces():
-            for chunk in piece.chunks():
-                column = torch.cat([square_norm(chunk.gradient).reshape(1), self.sums_of(chunk)])
-                table[1:, self._index[piece.module]] += column.to(table.device)
+            column = torch.cat([square_norm(piece.gradient).reshape(1), self.sums_of(piece)])
+            found.add(self._index[piece.module], column)
         self.reduction.stop()
-        return table
+        sums = found.total()
+        return torch.cat([torch.tensor([self._seen], dtype=sums.dtype, device=sums.device), sums])
 
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
         return [self.estimate(*rest) if seen else Estimate(math.nan) for seen, _, *rest in sums.T.tolist()]

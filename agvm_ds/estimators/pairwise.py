@@ -6,7 +6,7 @@ import torch
 
 from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator, square_norm
 from agvm_ds.estimators.preconditioning import inverse_denominator
-from agvm_ds.shards import Piece, Shards
+from agvm_ds.shards import Piece, Shards, in_chunks
 from agvm_ds.variance import noise_scale, pairwise_variance
 
 
@@ -21,22 +21,22 @@ class Pairwise(Estimator):
     A loss scale is a common factor of S2 and G2, and of no effect on their ratios.
     """
 
-    def __init__(self, shards: Shards) -> None:
-        super().__init__(shards)
-        self._s2 = self.zeros()
-
     def start(self) -> None:
-        self._s2 = self.zeros()
+        self._s2 = self.module_sums(1)
 
     def observe(self, index: int, gradient: torch.Tensor) -> None:
-        self._s2[self._module[index]] += square_norm(gradient)
+        for chunk in in_chunks([gradient.detach()]):
+            self._s2.add(self._module[index], square_norm(chunk))
+
+    def end_micro_batch(self, step: int) -> None:
+        self._s2.total()
 
     def local_sums(self) -> torch.Tensor:
         """Shape (2, modules): S2 / accumulation^2 of the local micro-batches, and G2 of the local shards."""
-        g2 = self.zeros()
+        g2 = self.module_sums(1)
         for piece in self.shards.pieces():
-            g2[self._index[piece.module]] += square_norm(piece.gradient).to(g2.device)
-        return torch.stack([self._s2, g2])
+            g2.add(self._index[piece.module], square_norm(piece.gradient))
+        return torch.cat([self._s2.total(), g2.total()])
 
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
         pairs = zip(*sums.tolist(), strict=True)

@@ -9,7 +9,7 @@ an error, never a zero.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,32 @@ from agvm_ds.optimizer import AGVM
 SECOND_MOMENT = "exp_avg_sq"
 """Key of the Adams' second moment in an optimizer's state."""
 
-CHUNK = 2**18
-"""Elements of a shard that are worked on at once: what is computed of a shard needs no copy of it."""
+CHUNK_ON_CPU, CHUNK = 2**16, 2**20
+"""Elements that are worked on at once: what float64 copies of them stay in a CPU's cache, or keep an accelerator busy."""
 
 
 class ShardError(RuntimeError):
     """A gradient shard is not where this ZeRO stage keeps it."""
+
+
+def in_chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors' elements, in order, in runs of at most a chunk: large tensors are cut, small neighbours put together."""
+    waiting: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        most = CHUNK_ON_CPU if tensor.device.type == "cpu" else CHUNK
+        for part in tensor.reshape(-1).split(most):
+            if waiting and size + part.numel() > most:
+                yield _together(waiting)
+                waiting, size = [], 0
+            waiting.append(part)
+            size += part.numel()
+    if waiting:
+        yield _together(waiting)
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def numel_of(parameter: torch.Tensor) -> int:
@@ -51,7 +71,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of this rank's shard of the averaged gradient, all of one parameter group."""
+    """A run of this rank's shard of the averaged gradient, of one parameter group, small enough to be worked on at once."""
 
     group: int
     """Index of the parameter group."""
@@ -61,11 +81,6 @@ class Piece:
     """Where the run begins in this rank's part of the buffer."""
     gradient: torch.Tensor
     """Shape (elements,)."""
-
-    def chunks(self) -> Iterator[Piece]:
-        """The same in runs of at most CHUNK elements."""
-        for index, gradient in enumerate(self.gradient.split(CHUNK)):
-            yield Piece(self.group, self.module, self.buffer, self.start + index * CHUNK, gradient)
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """This piece's run of a tensor that is laid out as this rank's part of the buffer."""
@@ -147,8 +162,8 @@ class FlatShards(Shards):
             get_accelerator().synchronize()  # the copies to the host are not waited for before the step
         for buffer, (group, partition) in enumerate(zip(self.group_indices(), self.partitions(), strict=True)):
             module, start = self.optimizer.param_groups[group][MODULE], 0
-            for gradient in self._checked(module, buffer, partition):
-                yield Piece(group, module, buffer, start, gradient.view(-1))
+            for gradient in in_chunks(self._checked(module, buffer, partition)):
+                yield Piece(group, module, buffer, start, gradient)
                 start += gradient.numel()
 
     def _checked(self, module: str, buffer: int, partition: torch.Tensor) -> list[torch.Tensor]:

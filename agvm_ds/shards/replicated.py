@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from agvm_ds.optimizer import AGVM
-from agvm_ds.shards.base import Fragment, Piece, ShardError, Shards
+from agvm_ds.shards.base import Fragment, Piece, ShardError, Shards, in_chunks
 
 
 class ReplicatedGradients(Shards):
@@ -31,7 +31,10 @@ class ReplicatedGradients(Shards):
             if gradient is None:
                 shape = tuple(owned.parameter.shape)
                 raise ShardError(f"module {owned.module}: a parameter of shape {shape} has no averaged gradient")
-            yield Piece(owned.group, owned.module, buffer, 0, gradient.reshape(-1))
+            start = 0
+            for chunk in in_chunks([gradient]):
+                yield Piece(owned.group, owned.module, buffer, start, chunk)
+                start += chunk.numel()
 
     def fragments(self) -> list[Fragment | None]:
         sizes = [owned.parameter.numel() for owned in self.optimizer.owned]
