@@ -1,6 +1,6 @@
 """How the memory estimate of launch/plan.py compares with the training memory that mmdet's model zoo publishes.
 
-    python -m benchmarks.zoo_memory      4 minutes on one core
+    python -m benchmarks.zoo_memory      about 15 minutes on one core
 
 For each config that mmdet ships with a published "Training Memory (GB)" and trains in fp32: (published - weights, gradients,
 optimizer) / (images a GPU x estimated activations). HEADROOM in agvm_ds/mmdet/memory.py must reach the 90 % quantile. The
@@ -55,20 +55,15 @@ def ratio(name: str, memory: float) -> float | str:
 
 def main() -> None:
     """Compare and print."""
-    found: dict[str, float | str] = {}
+    values = []
     for name, memory in published():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found[name] = ratio(name, memory)
-    ratios = sorted((value, name) for name, value in found.items() if isinstance(value, float))
-    values = [value for value, _ in ratios]
-    for name, value in found.items():
-        if isinstance(value, str):
-            print(f"left out: {name}: {value}")
-    for value, name in ratios:
-        print(f"{value:6.2f}  {name}")
+            found = ratio(name, memory)
+        print(f"{name}: {found:.2f}" if isinstance(found, float) else f"{name}: left out: {found}", flush=True)
+        values += [found] if isinstance(found, float) else []
     tenths = statistics.quantiles(values, n=10)
     within = sum(value <= HEADROOM for value in values) / len(values)
-    print(f"{len(values)} configs: median {tenths[4]:.2f}, 90 % {tenths[8]:.2f}, largest {values[-1]:.1f}")
+    print(f"{len(values)} configs: median {tenths[4]:.2f}, 90 % {tenths[8]:.2f}, largest {max(values):.1f}")
     print(f"HEADROOM {HEADROOM}: enough for {within:.0%}")
 
 
