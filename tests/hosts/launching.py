@@ -1,0 +1,96 @@
+"""``deepspeed --hostfile`` as a user types it on the first of several hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.hosts.namespaces import Host, Network, until
+from tests.trainer import ROOT
+
+TRAIN = ROOT / "launch/train.py"
+LIMIT = 240
+"""Seconds in which any launch here must have ended, or it hangs."""
+
+
+@dataclass
+class Launch:
+    """One that was started: on every host the ranks of ``slots``."""
+
+    network: Network
+    process: subprocess.Popen[bytes]
+    log: Path
+    ended: dict[str, float] = field(default_factory=dict)
+    """host -> when its launcher and ranks had ended, of the monotonic clock."""
+
+    @property
+    def output(self) -> str:
+        """What the first host's terminal shows; pdsh puts the host before each line."""
+        return self.log.read_text(errors="replace")
+
+    def shows(self, text: str) -> None:
+        """Wait until the terminal does."""
+        until(lambda: text in self.output or self.process.poll() is not None, LIMIT)
+        assert text in self.output, self.output
+
+    def wait(self, hosts: Sequence[Host] | None = None) -> int:
+        """Wait until the command, and the launchers and ranks of all hosts (or these), have ended; its exit code."""
+        end = time.monotonic() + LIMIT
+        left = {host.name: host for host in (self.network.hosts if hosts is None else hosts)}
+        while (left or self.process.poll() is None) and time.monotonic() < end:
+            for name in [name for name, host in left.items() if not host.launched()]:
+                self.ended[name] = time.monotonic()
+                del left[name]
+            time.sleep(0.2)
+        assert not left and self.process.poll() is not None, f"{[*left, self.process.poll()]}\n{self.output}"
+        return self.process.returncode
+
+    def interrupt(self) -> None:
+        """Ctrl-C in the terminal: every process in its foreground gets SIGINT."""
+        for process in self.network.hosts[0].processes():
+            if os.getpgid(process.pid) == self.process.pid:
+                process.send_signal(signal.SIGINT)
+
+
+@contextmanager
+def launched(
+    network: Network, words: Sequence[str], log: Path, slots: int = 1, environment: Mapping[str, str] | None = None
+) -> Iterator[Launch]:
+    """``deepspeed --hostfile hosts launch/train.py <words>``, started; what is left of it at the end is killed.
+
+    environment: more lines for DeepSpeed's ``.deepspeed_env``.
+    """
+    lines = {
+        "PATH": os.environ["PATH"],
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "TMPDIR": str(network.local),
+        "PYTHONPATH": str(ROOT),
+        **{key: value for key, value in os.environ.items() if key == "TORCH_EXTENSIONS_DIR"},
+        **(environment or {}),
+    }
+    settings = log.with_suffix(".env")
+    settings.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+    own = {
+        **os.environ,
+        "DS_ENV_FILE": str(settings),
+        "DS_ACCELERATOR": "cpu",
+        "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3",
+    }
+    command = ["deepspeed", "--hostfile", str(network.hostfile(slots)), str(TRAIN), *words]
+    with log.open("wb") as file:
+        process = network.hosts[0].start(command, own, stdout=file, stderr=file, start_new_session=True)
+    try:
+        yield Launch(network, process, log)
+    finally:
+        for host in network.hosts:
+            host.kill_launched()
+        process.kill()
+        process.wait()
