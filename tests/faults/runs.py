@@ -36,10 +36,11 @@ class Runs:
     place: Path
     digits: Path
 
-    def words(self, work: Path, fault: str, *more: str, seed: int | None = 0, stage: int = 2) -> list[str]:
+    def words(self, work: Path, fault: str, *more: str, seed: int | None = 0, **settings: Any) -> list[str]:
+        """Of launch/train.py. settings: of the DeepSpeed JSON, in the place of SETTINGS."""
         place = self.place / f"{work.name}_in"
-        settings = {**SETTINGS, "zero_optimization": {"stage": stage}}
-        named = [str(write_config(place, fault)), "--deepspeed_config", str(write_json(place, settings))]
+        json_file = write_json(place, {**SETTINGS, **settings})
+        named = [str(write_config(place, fault)), "--deepspeed_config", str(json_file)]
         named += ["--work-dir", str(work), *more]
         named += [] if seed is None else ["--seed", str(seed)]
         return [*named, *cfg_options({**data_options(self.digits), **OPTIONS})]
@@ -50,9 +51,9 @@ class Runs:
     def resume(self, work: Path, *more: str, **options: Any) -> Outcome:
         return self.go(work, "", "--resume", *more, **options)
 
-    def lost(self, work: Path) -> str:
+    def lost(self, work: Path, whole: str = "whole") -> str:
         """What the run in ``work`` ends without, compared with the one that went through."""
-        missing = [what for what, same in compared(self.place / "whole", work).items() if not same]
+        missing = [what for what, same in compared(self.place / whole, work).items() if not same]
         return ", ".join(missing) or "nothing"
 
 

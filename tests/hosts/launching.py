@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.hosts.namespaces import Host, Network, until
+from tests.hosts.namespaces import Network, until
 from tests.trainer import ROOT
 
-TRAIN = ROOT / "launch/train.py"
-LIMIT = 240
+LIMIT = 400
 """Seconds in which any launch here must have ended, or it hangs."""
 
 
@@ -26,29 +25,31 @@ class Launch:
     network: Network
     process: subprocess.Popen[bytes]
     log: Path
-    ended: dict[str, float] = field(default_factory=dict)
-    """host -> when its launcher and ranks had ended, of the monotonic clock."""
+    begin: float = field(default_factory=time.monotonic)
+    """What ``wait`` measures from: set it to ``time.monotonic()`` at a fault."""
+    seconds: float = 0.0
+    """How long it took until the last process had ended."""
 
     @property
     def output(self) -> str:
         """What the first host's terminal shows; pdsh puts the host before each line."""
         return self.log.read_text(errors="replace")
 
-    def shows(self, text: str) -> None:
-        """Wait until the terminal does."""
-        until(lambda: text in self.output or self.process.poll() is not None, LIMIT)
-        assert text in self.output, self.output
+    def reaches(self, file: Path) -> None:
+        """Wait until a rank has made a file."""
+        until(lambda: file.exists() or self.process.poll() is not None, LIMIT)
+        assert file.exists(), self.output
 
-    def wait(self, hosts: Sequence[Host] | None = None) -> int:
-        """Wait until the command, and the launchers and ranks of all hosts (or these), have ended; its exit code."""
+    def wait(self) -> int:
+        """Wait until the command, and the launchers and ranks of all hosts, have ended; its exit code."""
         end = time.monotonic() + LIMIT
-        left = {host.name: host for host in (self.network.hosts if hosts is None else hosts)}
+        left = {host.name: host for host in self.network.hosts}
         while (left or self.process.poll() is None) and time.monotonic() < end:
             for name in [name for name, host in left.items() if not host.launched()]:
-                self.ended[name] = time.monotonic()
                 del left[name]
             time.sleep(0.2)
         assert not left and self.process.poll() is not None, f"{[*left, self.process.poll()]}\n{self.output}"
+        self.seconds = time.monotonic() - self.begin
         return self.process.returncode
 
     def interrupt(self) -> None:
@@ -60,9 +61,15 @@ class Launch:
 
 @contextmanager
 def launched(
-    network: Network, words: Sequence[str], log: Path, slots: int = 1, environment: Mapping[str, str] | None = None
+    network: Network,
+    words: Sequence[str],
+    log: Path,
+    script: str = "train.py",
+    slots: int = 1,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Launch]:
-    """``deepspeed --hostfile hosts launch/train.py <words>``, started; what is left of it at the end is killed.
+    """``deepspeed --hostfile hosts <options> launch/<script> <words>``, started; what is left of it at the end is killed.
 
     environment: more lines for DeepSpeed's ``.deepspeed_env``.
     """
@@ -84,7 +91,7 @@ def launched(
         "DS_ACCELERATOR": "cpu",
         "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3",
     }
-    command = ["deepspeed", "--hostfile", str(network.hostfile(slots)), str(TRAIN), *words]
+    command = ["deepspeed", "--hostfile", str(network.hostfile(slots)), *options, str(ROOT / "launch" / script), *words]
     with log.open("wb") as file:
         process = network.hosts[0].start(command, own, stdout=file, stderr=file, start_new_session=True)
     try:
