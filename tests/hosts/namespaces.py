@@ -178,7 +178,7 @@ def _namespaced(kinds: Sequence[str], command: Sequence[str]) -> Iterator[int]:
     finally:
         keeper.kill()
         keeper.wait()
-        until(lambda: not psutil.pid_exists(first.pid), 20)
+        until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, 20)
 
 
 def _in(pid: int, script: str) -> None:
