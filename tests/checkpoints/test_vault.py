@@ -93,31 +93,31 @@ def test_each_kind_of_damage_is_found_by_all_ranks(tmp_path: Path) -> None:
 
 
 def on_own_folders(place: Path) -> dict[str, Any]:
-    """In a rank: the only one of its host, whose folder no other sees; host 1's disk is newer."""
+    """In a rank: the only one of its host, whose folder no other sees."""
     os.environ["LOCAL_RANK"] = "0"
-    folder = place / f"disk_{comm.get_rank()}" / "states"
-    vault = Vault(folder)
-    vault._once_a_folder(lambda: (folder.mkdir(parents=True, exist_ok=True), (folder / "acted").touch()))
-    missing = vault.elsewhere("epoch_1")
-    aside = vault.set_aside()
-    return {"shared": vault.shared, "acted": (folder / "acted").exists(), "missing": missing, "aside": aside}
+    disk = place / f"disk_{comm.get_rank()}"
+    vault = Vault(disk / "states")
+    vault._once_a_folder((disk / "acted").touch)
+    return {"shared": vault.shared, "missing": vault.elsewhere("epoch_1"), "aside": vault.set_aside()}
 
 
 def test_a_folder_on_each_host(tmp_path: Path) -> None:
-    """One rank a folder acts; a file is said to be on the host that wrote it; a host without checkpoints sets none aside."""
-    for disk in ("disk_0", "disk_1"):
-        place = written(tmp_path / disk / "states", "epoch_1", 6)
-        manifest = Manifest.model_validate_json((place / MANIFEST).read_bytes())
-        file = manifest.files[0].model_copy(update={"host": "beta"})
-        (place / MANIFEST).write_text(manifest.model_copy(update={"files": [file]}).model_dump_json())
-    (tmp_path / "disk_0/states/epoch_1/x.pt").unlink()
+    """One rank a folder acts; a file is said to be on the host that wrote it; a new host has nothing to set aside."""
+    place = written(tmp_path / "disk_0/states", "epoch_1", 6)
+    manifest = Manifest.model_validate_json((place / MANIFEST).read_bytes())
+    file = manifest.files[0].model_copy(update={"host": "beta"})
+    (place / MANIFEST).write_text(manifest.model_copy(update={"files": [file]}).model_dump_json())
+    (place / "x.pt").unlink()
+    (tmp_path / "disk_1").mkdir()
     found = run_ranks(on_own_folders, 2, tmp_path, tmp_path)
     for rank, seen in enumerate(found):
         assert not seen["shared"]
-        assert (tmp_path / f"disk_{rank}" / seen["aside"].name / "acted").exists()
+        assert (tmp_path / f"disk_{rank}/acted").exists()
         (missing,) = seen["missing"]
-        assert missing.startswith(f"{tmp_path}/disk_0/states/epoch_1/x.pt: missing on ")
+        assert missing.startswith(f"{place}/x.pt: missing on ")
         assert "it is in this folder of beta" in missing
+        assert (tmp_path / "disk_0" / seen["aside"].name / "epoch_1").is_dir()
+    assert not list((tmp_path / "disk_1").glob("states_*"))
 
 
 def in_one_folder(folder: Path) -> tuple[bool, bool, Path | None]:

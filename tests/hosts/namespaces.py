@@ -178,7 +178,7 @@ def _namespaced(kinds: Sequence[str], command: Sequence[str]) -> Iterator[int]:
     finally:
         keeper.kill()
         keeper.wait()
-        until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, 20)
+        until(lambda: _ended(first), 20)
 
 
 def _in(pid: int, script: str) -> None:
@@ -193,6 +193,13 @@ def _namespace(pid: int) -> str | None:
         return os.readlink(f"/proc/{pid}/ns/pid")
     except OSError:
         return None
+
+
+def _ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -10,6 +10,8 @@ host alone can use, is for inference: training does not call it.)
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +20,13 @@ from typing import Any
 
 import pytest
 
+from agvm_ds.mmdet.signals import this_place
 from tests.faults.processes import config_lines
 from tests.faults.runs import EPOCH, Runs, published
 from tests.faults.table import survived
 from tests.hosts.launching import Launch, launched
 from tests.hosts.namespaces import Network, network
-from tests.trainer import DEMO_CONFIG, cfg_options, data_options
+from tests.trainer import DEMO_CONFIG, ROOT, cfg_options, data_options
 
 EXTENDED = pytest.mark.extended
 UPDATE = EPOCH + 2
@@ -90,6 +93,17 @@ def test_a_hosts_ranks_are_killed(two: Network, runs: Runs) -> None:
     resumed = train(two, runs, work, "--resume")
     assert f"at update {EPOCH}," in resumed
     survived("SIGKILL of a host's ranks", f"all ended in {launch.seconds:.0f} s; --resume", runs.lost(work))
+
+
+def test_a_container_of_the_same_name_is_another_place(allowed: None) -> None:
+    """Its processes cannot be seen, and their numbers are others' here."""
+    program = "from agvm_ds.mmdet.signals import this_place; print(this_place())"
+    printed = [
+        subprocess.run([*words, sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        for words in ([], ["unshare", "--pid", "--fork"])
+    ]
+    here, there = (process.stdout.strip() for process in printed)
+    assert here == this_place() != there
 
 
 @EXTENDED
