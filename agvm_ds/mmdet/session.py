@@ -43,7 +43,6 @@ def init_distributed() -> None:
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     mend_mmdet()
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         deepspeed.init_distributed(get_accelerator().communication_backend_name())
     except RuntimeError as error:
@@ -53,6 +52,7 @@ def init_distributed() -> None:
             f"address within {default_pg_timeout} (DEEPSPEED_TIMEOUT, minutes), over the interface that GLOO_SOCKET_IFNAME "
             "or NCCL_SOCKET_IFNAME names"
         ) from error
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # which DeepSpeed finds out under MPI
 
 
 @contextmanager

@@ -73,18 +73,8 @@ def launched(
 
     environment: more lines for DeepSpeed's ``.deepspeed_env``.
     """
-    lines = {
-        "PATH": os.environ["PATH"],
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "TMPDIR": str(network.local),
-        "PYTHONPATH": str(ROOT),
-        **{key: value for key, value in os.environ.items() if key == "TORCH_EXTENSIONS_DIR"},
-        **(environment or {}),
-    }
     settings = log.with_suffix(".env")
-    settings.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+    settings.write_text("".join(f"{key}={value}\n" for key, value in rank_environment(network, environment).items()))
     own = {
         **os.environ,
         "DS_ENV_FILE": str(settings),
@@ -101,3 +91,17 @@ def launched(
             host.kill_launched()
         process.kill()
         process.wait()
+
+
+def rank_environment(network: Network, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What ranks on CPUs need, and ``more``."""
+    return {
+        "PATH": os.environ["PATH"],
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "TMPDIR": str(network.local),
+        "PYTHONPATH": str(ROOT),
+        **{key: value for key, value in os.environ.items() if key == "TORCH_EXTENSIONS_DIR"},
+        **(more or {}),
+    }

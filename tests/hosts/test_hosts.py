@@ -9,6 +9,7 @@ host alone can use, is for inference: training does not call it.)
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,13 @@ from agvm_ds.mmdet.signals import this_place
 from tests.faults.processes import config_lines
 from tests.faults.runs import EPOCH, Runs, published
 from tests.faults.table import survived
-from tests.hosts.launching import Launch, launched
-from tests.hosts.namespaces import Network, network
+from tests.hosts.launching import LIMIT, Launch, launched, rank_environment
+from tests.hosts.namespaces import SUBNET, Network, network
 from tests.trainer import DEMO_CONFIG, ROOT, cfg_options, data_options
 
 EXTENDED = pytest.mark.extended
+EXIT_PREEMPTED = 143
+ONE_MINUTE = {"DEEPSPEED_TIMEOUT": "1"}
 UPDATE = EPOCH + 2
 """Where faults happen: two after the checkpoint of epoch 1."""
 SOON = 120
@@ -124,7 +127,7 @@ def test_the_cable_of_a_host_is_out(two: Network, runs: Runs) -> None:
     """No packet tells anybody: DEEPSPEED_TIMEOUT, here one minute, ends both hosts; ssh's ServerAliveInterval the command."""
     work = runs.place / "cut"
     options = ["--enable_each_rank_log", str(two.local / "logs")]
-    with waiting(two, runs, work, options=options, environment={"DEEPSPEED_TIMEOUT": "1"}) as launch:
+    with waiting(two, runs, work, options=options, environment=ONE_MINUTE) as launch:
         cable = two.cut(two.hosts[1])
         cable.__enter__()
     cable.__exit__(None, None, None)
@@ -151,6 +154,42 @@ def test_ctrl_c_on_the_first_host_saves(two: Network, runs: Runs) -> None:
     assert f"stopped by SIGTERM after update {UPDATE}" in log.read_text(), "the terminal's connection is gone by then"
     train(two, runs, work, "--resume")
     survived("Ctrl-C on the first host", f"saved on all in {launch.seconds:.0f} s; --resume", runs.lost(work))
+
+
+@EXTENDED
+def test_a_scheduler_takes_back_one_host(two: Network, runs: Runs) -> None:
+    work = runs.place / "taken_back"
+    with _train(two, runs, work, config_lines("Terminated", rank=1, update=UPDATE)) as launch:
+        code = launch.wait()
+    assert code == EXIT_PREEMPTED, launch.output
+    assert f"stopped by SIGTERM after update {UPDATE}" in launch.output
+    assert launch.output.count(f"exited with exit code {EXIT_PREEMPTED}") == 2, "on both hosts"
+    train(two, runs, work, "--resume")
+    survived("SIGTERM to one host's rank", f"all saved, exit {code}; --resume", runs.lost(work))
+
+
+@EXTENDED
+def test_a_host_that_cannot_be_reached_at_the_start(two: Network, runs: Runs) -> None:
+    with two.cut(two.hosts[1]), _train(two, runs, runs.place / "alone", "", environment=ONE_MINUTE) as launch:
+        code = launch.wait()
+    assert code != 0
+    assert launch.seconds < 60 + SOON, launch.output
+    assert f"alpha: error: the ranks did not all meet at {SUBNET}.1:29500" in launch.output, launch.output
+    assert "within 0:01:00 (DEEPSPEED_TIMEOUT, minutes)" in launch.output
+
+
+@EXTENDED
+def test_without_ssh_each_host_is_told_its_number(two: Network, runs: Runs) -> None:
+    """As containers and schedulers start them."""
+    work = runs.place / "no_ssh"
+    words = ["deepspeed", "--hostfile", str(two.hostfile(1)), "--no_ssh", "--master_addr", f"{SUBNET}.1"]
+    command = [str(ROOT / "launch/train.py"), *runs.words(work, "")]
+    started = [
+        host.start([*words, "--node_rank", str(number), *command], {**os.environ, **rank_environment(two)})
+        for number, host in enumerate(two.hosts)
+    ]
+    assert [process.wait(LIMIT) for process in started] == [0, 0]
+    survived("none: --no_ssh on two hosts", "as two ranks of one host", runs.lost(work))
 
 
 @EXTENDED
