@@ -2,7 +2,8 @@
 
 DeepSpeed writes a checkpoint into a draft folder; when every rank has written its files, and the disk has them, the draft
 gets its name, and only then ``latest`` names it. A run that is killed at any moment leaves the checkpoints before as they
-were. Works on one folder that all hosts share, and on one folder a host.
+were. Works on one folder that all hosts share, and on one folder a host: then each has the files of its own ranks, and a
+manifest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -46,12 +48,22 @@ class File(BaseModel):
     rank: int
     size: int
     sha256: str
+    host: str | None = None
+    """Who wrote it, where each host has a folder of its own."""
+
+    def missing(self, folder: Path) -> str | None:
+        """What to say when it is not there."""
+        path = folder / self.name
+        if path.is_file():
+            return None
+        away = f" on {socket.gethostname()}: it is in this folder of {self.host}; use the same hosts in the same order, or "
+        return f"{path}: missing{away + 'copy it into a folder that all share' if self.host else ''}"
 
     def problem(self, folder: Path) -> str | None:
         """What is wrong with it now, None when it is what was written."""
         path = folder / self.name
-        if not path.is_file():
-            return f"{path}: missing"
+        if missing := self.missing(folder):
+            return missing
         size = path.stat().st_size
         if size != self.size:
             return f"{path}: {size} bytes, {self.size} were written: cut short or overwritten"
@@ -124,7 +136,10 @@ class Vault:
         self._once_a_folder(self._remove_drafts)
         try:
             engine.save_checkpoint(str(self.folder), tag=draft.name, client_state=client_state, save_latest=False)
-            files = [_written(path) for path in _own_files(engine, self.folder, draft.name)]
+            files = [
+                _written(path, None if self.shared else socket.gethostname())
+                for path in _own_files(engine, self.folder, draft.name)
+            ]
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) or _TORCH_WRITES in str(error):
                 _unlink(_own_files(engine, self.folder, draft.name))
@@ -151,6 +166,12 @@ class Vault:
         mine = [f for f in manifest.files if f.rank % comm.get_world_size() == comm.get_rank()]
         return [problem for f in mine if (problem := f.problem(self.folder / tag))]
 
+    def elsewhere(self, tag: str) -> list[str]:
+        """Files of a checkpoint that some rank does not find in its folder."""
+        manifest = self.manifest(tag)
+        files = manifest.files if manifest is not None else []
+        return list(dict.fromkeys(_union([missing for file in files if (missing := file.missing(self.folder / tag))])))
+
     def newest_whole(self, before: str) -> str | None:
         """The newest checkpoint, another than ``before``, with nothing wrong in it."""
         return next((tag for tag in _agreed(self.by_age()) if tag != before and not self.problems(tag)), None)
@@ -167,10 +188,9 @@ class Vault:
     def set_aside(self) -> Path | None:
         """Give the folder of an earlier run another name, so that nothing in it is lost; where it is now."""
         aside = self.folder.with_name(f"{self.folder.name}_{_agreed(time.strftime('%Y%m%d_%H%M%S'))}")
-        there = _agreed(self.folder.is_dir() and any(path.is_dir() for path in self.folder.glob("[!.]*")))
-        if there:
-            self._once_a_folder(lambda: _rename(self.folder, aside))
-        return aside if there else None
+        used = self.folder.is_dir() and any(path.is_dir() for path in self.folder.glob("[!.]*"))
+        self._once_a_folder(lambda: _rename(self.folder, aside) if used else None)
+        return aside if any(_union([used])) else None
 
     def _remove_drafts(self) -> None:
         """What killed runs left unfinished."""
@@ -185,20 +205,29 @@ class Vault:
                 raise self._unwritten(self.folder.name, error) from error
         comm.barrier()
 
-    @cached_property
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks see one folder."""
+        return all(self._see_rank_zeros)
+
+    @property
     def _acts(self) -> bool:
         """Whether this rank is the first that sees its folder: rank 0, or a host's first rank that does not see rank 0's."""
+        sees = self._see_rank_zeros[comm.get_rank()]
+        return comm.get_rank() == 0 or (int(os.environ.get("LOCAL_RANK", "0")) == 0 and not sees)
+
+    @cached_property
+    def _see_rank_zeros(self) -> list[bool]:
+        """For each rank, whether its folder is rank 0's."""
         token = self.folder / f".{_agreed(uuid.uuid4().hex)}"
         if comm.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             token.touch()
         comm.barrier()
-        first_of_host = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        acts = comm.get_rank() == 0 or (first_of_host and not token.exists())
-        comm.barrier()
+        found = _union([token.exists()])
         if comm.get_rank() == 0:
             token.unlink()
-        return acts
+        return found
 
     def _unwritten(self, tag: str, error: Exception) -> NotWrittenError:
         free = shutil.disk_usage(self.folder).free / 2**20
@@ -236,11 +265,11 @@ def _own_files(engine: Any, folder: Path, tag: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def _written(path: Path) -> File:
+def _written(path: Path, host: str | None) -> File:
     """A file's entry, once the disk has it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return File(name=path.name, rank=comm.get_rank(), size=path.stat().st_size, sha256=digest(path))
+    return File(name=path.name, rank=comm.get_rank(), size=path.stat().st_size, sha256=digest(path), host=host)
 
 
 def _write(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from agvm_ds.checkpoints import (
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import STATE_KEY
 from agvm_ds.mmdet.ema import ema_hooks, trained_weights
+from agvm_ds.mmdet.evaluate import broadcast_object
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state
 from agvm_ds.mmdet.weights import StateDict
@@ -57,6 +58,17 @@ def saved_seed(work_dir: Path) -> int | None:
     except CheckpointError:
         return None  # a resume will say so
     return manifest.seed if manifest is not None else None
+
+
+def fit_storage(deepspeed: dict[str, Any], work_dir: Path) -> list[str]:
+    """Let DeepSpeed write on each host what is read there, and nothing twice; returns a note. Every rank must call it."""
+    key, checkpoint = "use_node_local_storage", dict(deepspeed.get("checkpoint") or {})
+    own = not Vault(work_dir / STATE_DIR).shared
+    if own == bool(checkpoint.get(key)):
+        return []
+    deepspeed["checkpoint"] = {**checkpoint, key: own}
+    hosts = "each host has a work dir of its own" if own else "the hosts share the work dir"
+    return [f"{hosts}: checkpoint.{key} is {str(own).lower()}"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +188,7 @@ class Checkpointing:
         raise NotImplementedError
 
     def _whole_tag(self, allow_older: bool) -> str:
-        tag = str(self.vault.latest())
+        tag = str(broadcast_object(self.vault.latest()))
         problems = self.vault.problems(tag)
         if not problems:
             return tag
@@ -228,7 +240,13 @@ class Checkpointing:
         return _runners(client_state)
 
     def _load_resharded(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
-        self.logger.warning("resuming in another layout: %s", "; ".join(manifest.layout.differences(self.layout)))
+        differences = "; ".join(manifest.layout.differences(self.layout))
+        if elsewhere := self.vault.elsewhere(folder.name):
+            raise CheckpointError(
+                f"in another layout ({differences}) every rank reads every file, and the hosts do not share them:\n  "
+                + "\n  ".join(elsewhere)
+            )
+        self.logger.warning("resuming in another layout: %s", differences)
         saved = WholeState(folder, manifest.layout)
         notes = load_into(self.engine, saved, self.saving.placed, self.layout)
         notes += self._take_agvm(saved.common.get(STATE_KEY))

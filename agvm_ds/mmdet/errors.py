@@ -33,7 +33,11 @@ class HostError(ConfigError):
     """A mistake that only one host may see (a missing file, a folder that cannot be written)."""
 
 
-class RankDied(RuntimeError):
+class RanksLost(RuntimeError):
+    """This rank cannot go on without others that it lost."""
+
+
+class RankDied(RanksLost):
     """Other ranks of this host have ended without a word to the rest."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
@@ -44,23 +48,37 @@ class RankDied(RuntimeError):
         )
 
 
+class HostLost(RanksLost):
+    """A rank of another host has ended, or does not answer."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"another host is lost ({reason}): its ranks have ended, and its own output says why, or the network is cut. "
+            "What is after the last checkpoint is lost; --resume continues from there"
+        )
+
+
 def main_of_rank(main: Callable[[], None]) -> None:
     """Run ``main``; a ConfigError is told once for the launch (a HostError once a host), and every rank exits with 2.
 
-    When a rank dies, the others of its host name it once, and exit with 1.
+    When a rank dies, the others of its host name it once, and exit with 1; so do those of other hosts, which only know that
+    it does not answer.
     """
     try:
         main()
     except ConfigError as error:
         tell_once(f"error: {error}", every_host=isinstance(error, HostError))
         sys.exit(EXIT_BAD_INPUT)
-    except RankDied as error:
-        tell_dead(error)
-        sys.exit(EXIT_RANK_DIED)
+    except RanksLost as error:
+        tell_lost(error)
+        sys.stdout.flush()
+        os._exit(
+            EXIT_RANK_DIED
+        )  # an ordinary exit closes connections, and can wait minutes for those that do not answer
 
 
-def tell_dead(error: RankDied) -> None:
-    """Say which ranks of this host have died, in one of the ranks that are left."""
+def tell_lost(error: RanksLost) -> None:
+    """Say what was lost, in one of the ranks that are left on this host."""
     tell_once(f"error: {error}", every_host=True)
 
 

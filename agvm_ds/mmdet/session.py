@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import deepspeed
+import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from mmcv import Config
 from mmdet.apis import init_random_seed, set_random_seed
 from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
@@ -31,15 +33,45 @@ LOCK = ".lock"
 
 
 def init_distributed() -> None:
-    """Join the ranks over the accelerator's backend (gloo without a GPU). Raises ConfigError when nobody started ranks."""
+    """Join the ranks over the accelerator's backend (gloo without a GPU).
+
+    Raises ConfigError when nobody started ranks, HostError when they do not meet.
+    """
     if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
         raise ConfigError(
             "not started by a launcher (RANK is not set): start with `deepspeed launch/...`, on one rank too"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     mend_mmdet()
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    try:
+        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise HostError(
+            f"the ranks did not all meet at {where}: {str(error).strip().splitlines()[0]}\n  Every host must reach that "
+            f"address within {default_pg_timeout} (DEEPSPEED_TIMEOUT, minutes), over the interface that GLOO_SOCKET_IFNAME "
+            "or NCCL_SOCKET_IFNAME names"
+        ) from error
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # which DeepSpeed finds out under MPI
+
+
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """What one rank finds wrong ends all of them, and none waits for those that have ended. Every rank must come by.
+
+    Raises the ConfigError that every rank has; one that only some have, as a HostError that names the first one's host.
+    """
+    mine: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as error:
+        mine = error
+    found: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(found, mine and (socket.gethostname(), str(mine)))
+    if mine is not None and all(found):
+        raise mine
+    for host, text in filter(None, found):
+        raise HostError(f"on {host}: {text}") from mine
 
 
 def make_work_dir(work_dir: Path) -> None:
@@ -80,15 +112,16 @@ def _lock(file: TextIO) -> str | None:
 
 
 def make_demo_data(cfg: Config) -> None:
-    """The built-in data set, made once on each host."""
+    """The built-in data set: made by rank 0, and then by the first rank of each host that does not find it there."""
     from agvm_ds.demo.data import ensure
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            ensure(cfg.data_root)
-        except (OSError, ImportError) as error:
-            raise HostError(f"the built-in data: {error}") from error
-    comm.barrier()
+    for makes in (comm.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
+        with agreeing():
+            if makes:
+                try:
+                    ensure(cfg.data_root)
+                except (OSError, ImportError) as error:
+                    raise HostError(f"the built-in data: {error}") from error
 
 
 def open_log(cfg: Config, work_dir: Path) -> logging.Logger:

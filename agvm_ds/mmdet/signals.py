@@ -10,23 +10,25 @@ Only a thread can act then: Python's handlers wait for the main thread, which ma
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from deepspeed import comm
+from torch.distributed import DistError
 
 from agvm_ds.checkpoints import NotWrittenError
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.errors import EXIT_RANK_DIED, RankDied
+from agvm_ds.mmdet.errors import EXIT_RANK_DIED, HostLost, RankDied
 
 EXIT_PREEMPTED = 143
 """As a shell says of a process that SIGTERM ended: 128 + 15."""
@@ -50,19 +52,26 @@ class Peer:
     """Another rank."""
 
     rank: int
-    host: str
+    place: str
+    """Where its process can be seen: see ``this_place``."""
     pid: int
     started: float
 
     def gone(self) -> bool:
         """Whether it was on this host, and its process has ended."""
-        if self.host != socket.gethostname():
+        if self.place != this_place():
             return False
         try:
             process = psutil.Process(self.pid)
             return process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+
+
+def this_place() -> str:
+    """The same for processes that see each other, whatever their hosts are called: this system, and the container in it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 class RankWatch:
@@ -77,7 +86,7 @@ class RankWatch:
         self._asked = threading.Event()
         self._stopping = False
         me = psutil.Process()
-        mine = Peer(comm.get_rank(), socket.gethostname(), me.pid, me.create_time())
+        mine = Peer(comm.get_rank(), this_place(), me.pid, me.create_time())
         found: list[Any] = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(found, mine)
         self._peers: list[Peer] = [peer for peer in found if peer != mine]
@@ -123,14 +132,31 @@ class RankWatch:
 
     @contextmanager
     def naming_the_dead(self) -> Iterator[None]:
-        """Raise RankDied in the place of what a rank's death causes on the others: a collective that fails."""
+        """Raise RankDied in the place of what a rank's death causes on the others: a collective that fails.
+
+        Where none of this host died, and there are others, the collective's failure is a HostLost.
+        """
         try:
             yield
         except Exception as error:
             # A mistake of the user's is told as such; a checkpoint that cannot be written may be a rank's death, though.
             if (isinstance(error, NotWrittenError) or not isinstance(error, ConfigError)) and (dead := self.dead()):
                 raise RankDied(dead) from error
+            if (reason := unanswered(error)) and any(peer.place != this_place() for peer in self._peers):
+                raise HostLost(reason) from error
             raise
+
+
+def unanswered(error: Exception) -> str | None:
+    """What gloo or NCCL says when another rank does not answer; None for any other error."""
+    line = str(error).strip().split("\n")[0]
+    if not isinstance(error, DistError) and not _GLOO.match(line):
+        return None
+    return _GLOO.sub("", line).split(". This is typically")[0]
+
+
+_GLOO = re.compile(r"\[\S*gloo/\S*\] *")
+"""How gloo's errors begin, which have no class of their own: where in its sources they were raised."""
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ from mmdet.utils import get_root_logger, setup_multi_processes
 from agvm_ds.mmdet import data, session
 from agvm_ds.mmdet.configs import DEMO_CONFIG, config_path, read_config
 from agvm_ds.mmdet.data_check import check_on_hosts
-from agvm_ds.mmdet.errors import HostError, tell_dead
+from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
 from agvm_ds.mmdet.signals import RankWatch
 from agvm_ds.mmdet.weights import load_weights
@@ -37,11 +37,12 @@ class TestOptions:
 
 def test(options: TestOptions) -> dict[str, float]:
     """Metrics of a checkpoint on ``data.test``, on every rank. Raises ConfigError for bad input."""
-    if "://" not in options.checkpoint and not Path(options.checkpoint).is_file():
-        raise HostError(f"checkpoint not found: {options.checkpoint}")
-    cfg = read_config(options.config, options.cfg_options)
     session.init_distributed()
-    with RankWatch(tell_dead, stops=False).naming_the_dead():
+    with RankWatch(tell_lost, stops=False).naming_the_dead():
+        with session.agreeing():
+            if "://" not in options.checkpoint and not Path(options.checkpoint).is_file():
+                raise HostError(f"checkpoint not found: {options.checkpoint}")
+            cfg = read_config(options.config, options.cfg_options)
         return _measure(options, cfg)
 
 

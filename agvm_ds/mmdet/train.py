@@ -28,11 +28,11 @@ from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
-from agvm_ds.mmdet.checkpointing import Saving, refuse_nothing_to_resume, saved_seed
+from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config
 from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
-from agvm_ds.mmdet.errors import HostError, tell_dead
+from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
 from agvm_ds.mmdet.limits import refuse_unsupported
@@ -71,11 +71,13 @@ class TrainOptions:
 def train(options: TrainOptions) -> None:
     """Train, evaluate, and leave the work dir complete. Raises ConfigError, before training, for bad input."""
     started = time.perf_counter()
-    plan, cfg, work_dir = prepare(options)
     session.init_distributed()
-    watch = RankWatch(tell_dead)
-    with watch.naming_the_dead(), session.alone_in(work_dir):
-        run(options, plan, cfg, work_dir, watch, started)
+    watch = RankWatch(tell_lost)
+    with watch.naming_the_dead():
+        with session.agreeing():
+            plan, cfg, work_dir = prepare(options)
+        with session.alone_in(work_dir):
+            run(options, plan, cfg, work_dir, watch, started)
 
 
 def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: RankWatch, started: float) -> None:
@@ -96,6 +98,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     setup = optimizer.build(detector, cfg, plan)
     unrounded = keep_unrounded(detector) if plan.half else {}
     saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
+    plan.notes += fit_storage(plan.deepspeed, work_dir)
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
@@ -122,7 +125,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
 
 
 def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
-    """All that can be known to be wrong before ranks meet: config, JSON, arithmetic, work dir."""
+    """All that a rank can know to be wrong by itself: config, JSON, arithmetic, work dir."""
     deepspeed_config = load_config(options.deepspeed_config)
     cfg = read_config(options.config, options.cfg_options)
     plan = make_plan(deepspeed_config, cfg, int(os.environ.get("WORLD_SIZE", "1")), options.auto_scale_lr)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deepspeed import comm
 
 from agvm_ds.checkpoints import CheckpointError, Layout, Manifest, Vault
 from agvm_ds.checkpoints.vault import LATEST, MANIFEST, File, digest
@@ -87,3 +90,43 @@ def test_each_kind_of_damage_is_found_by_all_ranks(tmp_path: Path) -> None:
         assert len(one[tag]) == 1 and words in one[tag][0]
     assert one["no manifest"] == [f"{folder}/no manifest/manifest.json: missing"]
     assert len(one["damaged"]) == 1 and "damaged" in one["damaged"][0]
+
+
+def on_own_folders(place: Path) -> dict[str, Any]:
+    """In a rank: the only one of its host, whose folder no other sees."""
+    os.environ["LOCAL_RANK"] = "0"
+    disk = place / f"disk_{comm.get_rank()}"
+    vault = Vault(disk / "states")
+    vault._once_a_folder((disk / "acted").touch)
+    return {"shared": vault.shared, "missing": vault.elsewhere("epoch_1"), "aside": vault.set_aside()}
+
+
+def test_a_folder_on_each_host(tmp_path: Path) -> None:
+    """One rank a folder acts; a file is said to be on the host that wrote it; a new host has nothing to set aside."""
+    place = written(tmp_path / "disk_0/states", "epoch_1", 6)
+    manifest = Manifest.model_validate_json((place / MANIFEST).read_bytes())
+    file = manifest.files[0].model_copy(update={"host": "beta"})
+    (place / MANIFEST).write_text(manifest.model_copy(update={"files": [file]}).model_dump_json())
+    (place / "x.pt").unlink()
+    (tmp_path / "disk_1").mkdir()
+    found = run_ranks(on_own_folders, 2, tmp_path, tmp_path)
+    for rank, seen in enumerate(found):
+        assert not seen["shared"]
+        assert (tmp_path / f"disk_{rank}/acted").exists()
+        (missing,) = seen["missing"]
+        assert missing.startswith(f"{place}/x.pt: missing on ")
+        assert "it is in this folder of beta" in missing
+        assert (tmp_path / "disk_0" / seen["aside"].name / "epoch_1").is_dir()
+    assert not list((tmp_path / "disk_1").glob("states_*"))
+
+
+def in_one_folder(folder: Path) -> tuple[bool, bool, Path | None]:
+    """In a rank that is the first of its host, too; nothing was saved yet."""
+    os.environ["LOCAL_RANK"] = "0"
+    vault, acted = Vault(folder), []
+    vault._once_a_folder(lambda: acted.append(1))
+    return vault.shared, bool(acted), vault.set_aside()
+
+
+def test_in_a_folder_that_hosts_share_rank_zero_alone_acts(tmp_path: Path) -> None:
+    assert run_ranks(in_one_folder, 2, tmp_path, tmp_path / "states") == [(True, True, None), (True, False, None)]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -13,83 +12,19 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from agvm_ds.demo.data import ensure
 from tests.faults.processes import config_lines
+from tests.faults.runs import EPOCH, Runs, published
 from tests.faults.table import survived
 from tests.launch import launch_port
-from tests.trainer import ROOT, Outcome, cfg_options, data_options, launch, write_config, write_json
+from tests.trainer import ROOT
 
-SETTINGS = {
-    "train_batch_size": 8,
-    "zero_optimization": {"stage": 2},
-    "agvm": {"interval": 2, "ema_decay": 0.5, "start_step": 1},
-}
-OPTIONS = {
-    "runner.max_epochs": 3,
-    "lr_config.warmup_iters": 8,
-    "log_config.interval": 1,
-    "evaluation.interval": 1,
-    "checkpoint_config.interval": 1,
-    "data.samples_per_gpu": 2,
-    "data.workers_per_gpu": 1,
-}
-"""Three epochs of six updates of two accumulation steps; warm-up ends, and the rate falls, on the way."""
-EPOCH = 6
 EXIT_PREEMPTED = 143
-
-
-@dataclass
-class Runs:
-    """One place for the runs of this module, and the run that nothing happened to."""
-
-    place: Path
-    digits: Path
-
-    def words(self, work: Path, fault: str, *more: str, seed: int | None = 0) -> list[str]:
-        config, settings = write_config(work.parent / f"{work.name}_in", fault), write_json(work.parent, SETTINGS)
-        named = [str(config), "--deepspeed_config", str(settings), "--work-dir", str(work), *more]
-        named += [] if seed is None else ["--seed", str(seed)]
-        return [*named, *cfg_options({**data_options(self.digits), **OPTIONS})]
-
-    def go(self, work: Path, fault: str = "", *more: str, ranks: int = 2, **options: Any) -> Outcome:
-        return launch("train.py", self.words(work, fault, *more, **options), work.parent / f"{work.name}_in", ranks)
-
-    def resume(self, work: Path, *more: str, **options: Any) -> Outcome:
-        return self.go(work, "", "--resume", *more, **options)
-
-    def lost(self, work: Path) -> str:
-        """What the run in ``work`` ends without, compared with the one that went through."""
-        missing = [what for what, same in _compared(self.place / "whole", work).items() if not same]
-        return ", ".join(missing) or "nothing"
-
-
-def _compared(one: Path, other: Path) -> dict[str, bool]:
-    weights = [torch.load(work / "latest.pth", weights_only=True)["state_dict"] for work in (one, other)]
-    measures = [(work / "agvm.jsonl").read_text() for work in (one, other)]
-    scores = [_scores(work) for work in (one, other)]
-    return {
-        "weights": all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()),
-        "scale factors": measures[0] == measures[1],
-        "evaluations": scores[0] == scores[1],
-        "published epochs": _published(one) == _published(other),
-    }
-
-
-def _published(work: Path) -> list[str]:
-    return sorted(path.name for path in work.glob("epoch_*.pth"))
-
-
-def _scores(work: Path) -> dict[int, float]:
-    """epoch -> mAP, over all the logs of a work dir."""
-    lines = [json.loads(line) for log in sorted(work.glob("*.log.json")) for line in log.read_text().splitlines()]
-    return {line["epoch"]: line["bbox_mAP"] for line in lines if line.get("mode") == "val"}
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +251,7 @@ def test_keep_bounds_the_disk(runs: Runs) -> None:
     outcome = runs.go(work, "", "--keep", "1")
     assert outcome.good, outcome.output
     assert sorted(path.name for path in (work / "deepspeed").iterdir() if path.is_dir()) == ["epoch_3"]
-    assert _published(work) == ["epoch_3.pth"]
+    assert published(work) == ["epoch_3.pth"]
 
 
 def test_a_second_launch_in_the_same_work_dir_is_refused(runs: Runs) -> None:

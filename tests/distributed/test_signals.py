@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed import comm
 from torch.utils.data import DataLoader
 
 from agvm_ds.checkpoints import CheckpointError, NotWrittenError
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.errors import RankDied
-from agvm_ds.mmdet.signals import RankWatch, shield_workers
+from agvm_ds.mmdet import signals
+from agvm_ds.mmdet.errors import HostLost, RankDied
+from agvm_ds.mmdet.signals import RankWatch, shield_workers, this_place, unanswered
 from tests.launch import run_ranks
 
 
@@ -66,6 +68,42 @@ def test_an_error_that_a_death_caused_names_the_dead_and_a_mistake_stays_one(tmp
     found, dead = run_ranks(left_alone, 2, tmp_path, tmp_path / "ranks_0")[0]
     assert found == [RankDied, RankDied, CheckpointError, ConfigError]
     assert dead == [1]
+
+
+def on_another_host(place: Path) -> Any:
+    """In a rank: rank 1 is on a host of the same name, and ends; what rank 0 makes of the errors it then sees."""
+    if comm.get_rank() == 1:
+        signals.this_place = lambda: "another"  # type: ignore[assignment]
+    watch = RankWatch(lambda error: None)
+    if comm.get_rank() == 1:
+        (place / "result_1").write_bytes(b"N.")
+        os._exit(0)
+    found = []
+    for provoke in (lambda: [comm.barrier() for _ in range(2)], lambda: {}["a bug"]):
+        try:
+            with watch.naming_the_dead():
+                provoke()
+        except Exception as error:
+            found.append((type(error), str(error)))
+    return found, watch.dead()
+
+
+def test_a_host_that_is_lost_is_no_dead_rank_of_this_one_though_it_has_its_name(tmp_path: Path) -> None:
+    (lost, bug), dead = run_ranks(on_another_host, 2, tmp_path, tmp_path / "ranks_0")[0]
+    assert lost[0] is HostLost
+    assert "another host is lost (" in lost[1] and "gloo" not in lost[1]
+    assert bug[0] is KeyError
+    assert dead == []
+
+
+def test_only_an_error_of_communication_is_a_lost_host() -> None:
+    said = (
+        "[/pytorch/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:1: Connection reset by peer. This is typically"
+    )
+    assert unanswered(RuntimeError(said)) == "Read error [10.0.0.2]:1: Connection reset by peer"
+    assert unanswered(torch.distributed.DistNetworkError("broken")) == "broken"
+    assert unanswered(RuntimeError("shape [3] is not [4]")) is None
+    assert this_place() == this_place()
 
 
 def waits(place: Path) -> None:

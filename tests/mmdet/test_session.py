@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import socket
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
+from deepspeed import comm
 from mmcv import Config
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.session import init_distributed, settle_seed
+from agvm_ds.demo import data
+from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.session import agreeing, init_distributed, make_demo_data, settle_seed
 from tests.launch import run_ranks
 
 
@@ -22,6 +29,54 @@ def test_without_a_launcher_the_message_names_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="not started by a launcher"):
         init_distributed()
+
+
+def test_ranks_that_do_not_meet_end_with_the_address_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that another process has, for one reason."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
+        with pytest.raises(HostError, match=rf"did not all meet at 127.0.0.1:{port}: (?s:.*)DEEPSPEED_TIMEOUT"):
+            init_distributed()
+
+
+def mistakes(of_all: bool) -> tuple[type, str]:
+    """In a rank: rank 1 finds a mistake, or every rank does."""
+    try:
+        with agreeing():
+            if of_all or comm.get_rank() == 1:
+                raise ConfigError("it is wrong")
+    except ConfigError as error:
+        return type(error), str(error)
+    raise AssertionError("it went on")
+
+
+def test_what_one_rank_finds_wrong_ends_all(tmp_path: Path) -> None:
+    assert run_ranks(mistakes, 2, tmp_path, True) == [(ConfigError, "it is wrong")] * 2
+    assert run_ranks(mistakes, 2, tmp_path, False) == [(HostError, f"on {socket.gethostname()}: it is wrong")] * 2
+
+
+def made(place: Path) -> None:
+    """In a rank, the first of its host: who made the data set, into a file."""
+    os.environ["LOCAL_RANK"] = "0"
+
+    def ensure(root: Any) -> None:
+        if not Path(root).exists():
+            with (place / "makers").open("a") as file:
+                file.write(f"{comm.get_rank()}\n")
+            Path(root).mkdir()
+
+    data.ensure = ensure  # type: ignore[assignment]
+    make_demo_data(Config(dict(data_root=str(place / "shared"))))
+    make_demo_data(Config(dict(data_root=str(place / f"disk_{comm.get_rank()}"))))
+
+
+def test_the_demos_data_are_made_once_a_folder(tmp_path: Path) -> None:
+    run_ranks(made, 2, tmp_path, tmp_path)
+    assert (tmp_path / "makers").read_text().split() == ["0", "0", "1"]
 
 
 def draws(asked: int | None, configured: int | None, diff_seed: bool) -> tuple[int, list[float]]:
