@@ -10,6 +10,7 @@ from mmcv.parallel import MODULE_WRAPPERS
 from mmcv.parallel.scatter_gather import scatter_kwargs
 from torch import nn
 
+from agvm_ds.mmdet.losses import parse_losses
 from agvm_ds.mmdet.nonfinite import NumberWatch
 
 
@@ -74,8 +75,8 @@ class EngineModel(nn.Module):
         return inputs, self.engine(return_loss=True, **inputs)
 
     def _losses(self, inputs: Mapping[str, Any], losses: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        loss, log_vars = self.module._parse_losses(losses)
-        return loss, {"loss": loss.detach(), "log_vars": dict(log_vars), "num_samples": len(inputs["img_metas"])}
+        loss, log_vars = parse_losses(self.module, losses)
+        return loss, {"loss": loss.detach(), "log_vars": log_vars, "num_samples": len(inputs["img_metas"])}
 
 
 def _merge(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from torch import nn
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.image_names import names_of
+from agvm_ds.mmdet.losses import Losses
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.overflow import loss_scaled, skip_in_every_stage
 from agvm_ds.mmdet.randomness import random_state, set_random_state, untouched_randomness
 
 KEY = "max_nonfinite_updates"
 """The mmdet config's: how many bad updates in a row are skipped before the run stops."""
-
-Losses = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
 
 _LOSS, _GRADIENT = "a loss is not finite", "a gradient, or its squared norm, is not finite"
 _NOBODY = {

@@ -104,13 +104,14 @@ def test_other_modules_keep_what_has_the_same_name(runs: Runs) -> None:
 
 def test_agvm_newly_on(runs: Runs) -> None:
     work, said = runs.resume("on", {}, on=False)
-    assert "the checkpoint has no AGVM state: scale factors start at 1" in said
+    assert "not kept: no scale factors to keep: they start at 1" in said
     assert [line["update"] for line in lines(work)] == MEASURES[2:]
 
 
 def test_agvm_newly_off_is_the_baseline_from_there_on(runs: Runs) -> None:
     _, said = runs.resume("off", {"agvm": {"enabled": False}})
-    assert "AGVM is off in this run: the checkpoint's scale factors are left out" in said
+    assert "not kept: scale factors: AGVM is off in this run" in said
+    assert said.count("not kept") == 1
 
 
 def test_another_optimizer_keeps_weights_and_scale_factors(runs: Runs) -> None:

@@ -138,7 +138,8 @@ def test_the_test_program_measures_what_was_logged(learned: Path, tmp_path: Path
     words = [str(work / "config.py"), str(learned), "--eval", "bbox", "--out", str(tmp_path / "results.pkl")]
     outcome = launch("test.py", words, tmp_path)
     assert outcome.good, outcome.output
-    assert f"{logged(work)[-1]['bbox_mAP']:.3f}" in outcome.output.split("bbox_mAP ")[1].split("\n")[0]
+    shown = outcome.output.split("bbox_mAP ")[1].split("\n")[0].strip(" │")
+    assert float(shown) == pytest.approx(logged(work)[-1]["bbox_mAP"], abs=1e-3)
     assert len(pickle.loads((tmp_path / "results.pkl").read_bytes())) == 8
 
 

@@ -12,6 +12,7 @@ from mmdet.datasets import build_dataloader
 from torch.utils.data import DataLoader
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet import data
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.data import UpdateLoader, _validated_as_trained, check_size
 from agvm_ds.mmdet.plan import Batch
@@ -41,6 +42,18 @@ def test_micro_batches_come_in_lists_and_the_rest_is_left_out() -> None:
         [[0, 1], [2, 3], [4, 5]],
         [[6, 7], [8, 9], [10, 11]],
     ]
+
+
+def test_the_loader_has_every_setting_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mmdet's own trainer gives them to build_dataloader."""
+    monkeypatch.setattr(data, "_built", lambda _: Numbers(16))
+    cfg = read_config(None)
+    asked = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 5, "pin_memory": True}
+    cfg.data.train_dataloader = {"workers_per_gpu": 2, **{k: v for k, v in asked.items() if k != "num_workers"}}
+    cfg.seed = 0
+    (loader,) = data.phase_loaders(cfg, Batch(8, 4, 2, 1))
+    assert {key: getattr(loader.loader, key) for key in asked} == asked
+    assert loader.batch_size == 4 and len(loader) == 2
 
 
 def test_a_hook_that_resets_the_workers_reaches_the_loader() -> None:
