@@ -67,6 +67,8 @@ class Controller:
         self.listeners: list[Callable[[Measure], None]] = []
         self._said: set[str] = set()
         self._estimator = estimator_of(config, self.preconditioned, shards)
+        owned = {id(owned.parameter) for owned in optimizer.owned}
+        self._not_owned = [p for p in shards.engine.module.parameters() if id(p) not in owned]
         self._observing = self._paused = False
         self._micro_batches = 0
         self._register_hooks()
@@ -256,13 +258,12 @@ class Controller:
 
     def _tell_frozen(self, t: int) -> None:
         """What DeepSpeed took at start is what it steps: freezing or thawing a parameter later does not change that."""
-        owned = {id(owned.parameter) for owned in self.optimizer.owned}
         frozen = {owned.module for owned in self.optimizer.owned if not owned.parameter.requires_grad}
         for name in sorted(frozen):
             self._warn_once(
                 f"update {t}: parameters of {name} were frozen after the start; {_FROZEN}", f"frozen {name}"
             )
-        if any(p.requires_grad and id(p) not in owned for p in self.shards.engine.module.parameters()):
+        if any(p.requires_grad for p in self._not_owned):
             self._warn_once(f"update {t}: {_THAWED}", "thawed")
 
     def _warn_once(self, message: str, about: str = "") -> None:

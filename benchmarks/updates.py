@@ -46,6 +46,8 @@ class Way:
     agvm: Mapping[str, Any] | None = None
     interval: int = 1
     naive: bool = False
+    cut: bool = False
+    """Into AGVM's parameter groups, one a module."""
 
 
 def _measuring(estimator: str, precondition: str, interval: int) -> Way:
@@ -56,6 +58,7 @@ def _measuring(estimator: str, precondition: str, interval: int) -> Way:
 PLAIN = [Way("plain"), Way("plain, again")]
 WAYS = [
     *PLAIN,
+    Way("plain, a group a module", cut=True),
     Way("AGVM on, not measured", {"start_step": NEVER}),
     *(_measuring(e, p, i) for e in ("pairwise", "split") for p in ("none", "auto") for i in (1, INTERVAL)),
     Way("naive", None, 1, True),
@@ -93,7 +96,7 @@ def timed(case: Case, rounds: int) -> list[list[float]]:
     """In a rank: seconds of each update, by way and round."""
     work = demo() if case.workload == "demo" else parameters_of(LARGE)
     with ExitStack() as stack:
-        engines = [stack.enter_context(engine_of(work, _config(case, way, work))) for way in case.ways]
+        engines = [stack.enter_context(engine_of(work, _config(case, way, work), way.cut)) for way in case.ways]
         for engine, way in zip(engines, case.ways, strict=True):
             if way.naive:
                 NaiveSplit(engine, work.modules, way.interval)
@@ -196,7 +199,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_NO_INTERVAL = ("plain, again", "AGVM on, not measured")
+_NO_INTERVAL = ("plain, again", "plain, a group a module", "AGVM on, not measured")
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

@@ -119,10 +119,10 @@ def _noise(elements: int) -> torch.Tensor:
 
 
 @contextmanager
-def engine_of(work: Workload, config: Mapping[str, Any]) -> Iterator[Any]:
-    """An engine over a fresh model, cut into the same parameter groups with AGVM and without, as the trainer does it."""
+def engine_of(work: Workload, config: Mapping[str, Any], cut: bool = False) -> Iterator[Any]:
+    """An engine over a fresh model. cut: into AGVM's parameter groups, with AGVM off too; else plain DeepSpeed has one."""
     model = work.model()
-    groups = cut_groups([{PARAMS: list(model.parameters())}], model, work.modules)
+    groups = cut_groups([{PARAMS: list(model.parameters())}], model, work.modules) if cut else None
     with started(config, model, model_parameters=groups) as engine:
         yield engine
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from agvm_ds.shards import OwnerReduction, Piece, Shards
+from agvm_ds.shards import OwnerReduction, Piece, Shards, chunk_of
 
 
 def square_norm(chunk: torch.Tensor) -> torch.Tensor:
@@ -32,10 +32,29 @@ class ModuleSums:
     def total(self) -> torch.Tensor:
         """Shape (rows, modules): the sums so far."""
         if self._results:
-            table = torch.stack(self._results).to(self._sums.device).reshape(len(self._results), -1)
+            table = self._worth(torch.stack(self._results)).to(self._sums.device).reshape(len(self._results), -1)
             self._sums.index_add_(0, torch.tensor(self._modules, device=table.device), table)
             self._results, self._modules = [], []
         return self._sums.T
+
+    def _worth(self, results: torch.Tensor) -> torch.Tensor:
+        return results
+
+
+class SquareNorms(ModuleSums):
+    """Sums by module of |tensor|^2. It stands in a hook of every parameter: as little as can be is done there."""
+
+    def __init__(self, modules: int, device: torch.device) -> None:
+        super().__init__(modules, 1, device)
+
+    def of(self, module: int, tensor: torch.Tensor) -> None:
+        """Add a tensor's squared norm."""
+        most = chunk_of(tensor)
+        for chunk in (tensor,) if tensor.numel() <= most else tensor.reshape(-1).split(most):
+            self.add(module, torch.linalg.vector_norm(chunk, dtype=torch.float64))
+
+    def _worth(self, results: torch.Tensor) -> torch.Tensor:
+        return results.square()
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,10 @@ class Estimator(ABC):
     def module_sums(self, rows: int) -> ModuleSums:
         """Sums by module, ``rows`` of them each, zero so far, on the engine's device."""
         return ModuleSums(len(self.modules), rows, self.shards.engine.device)
+
+    def square_norms(self) -> SquareNorms:
+        """The same of squared norms."""
+        return SquareNorms(len(self.modules), self.shards.engine.device)
 
     @abstractmethod
     def start(self) -> None:

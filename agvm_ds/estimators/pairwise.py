@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator, square_norm
+from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator
 from agvm_ds.estimators.preconditioning import inverse_denominator
-from agvm_ds.shards import Piece, Shards, in_chunks
+from agvm_ds.shards import Piece, Shards
 from agvm_ds.variance import noise_scale, pairwise_variance
 
 
@@ -22,20 +22,19 @@ class Pairwise(Estimator):
     """
 
     def start(self) -> None:
-        self._s2 = self.module_sums(1)
+        self._s2 = self.square_norms()
 
     def observe(self, index: int, gradient: torch.Tensor) -> None:
-        for chunk in in_chunks([gradient.detach()]):
-            self._s2.add(self._module[index], square_norm(chunk))
+        self._s2.of(self._module[index], gradient)
 
     def end_micro_batch(self, step: int) -> None:
         self._s2.total()
 
     def local_sums(self) -> torch.Tensor:
         """Shape (2, modules): S2 / accumulation^2 of the local micro-batches, and G2 of the local shards."""
-        g2 = self.module_sums(1)
+        g2 = self.square_norms()
         for piece in self.shards.pieces():
-            g2.add(self._index[piece.module], square_norm(piece.gradient))
+            g2.of(self._index[piece.module], piece.gradient)
         return torch.cat([self._s2.total(), g2.total()])
 
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:

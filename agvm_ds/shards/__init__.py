@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agvm_ds.optimizer import AGVM
-from agvm_ds.shards.base import Fragment, Piece, ShardError, Shards, in_chunks
+from agvm_ds.shards.base import Fragment, Piece, ShardError, Shards, chunk_of, in_chunks
 from agvm_ds.shards.partitioned import Bf16Gradients, PartitionedGradients
 from agvm_ds.shards.reduction import OwnerReduction
 from agvm_ds.shards.replicated import ReplicatedGradients
@@ -18,7 +18,17 @@ STAGES: dict[int, type[Shards]] = {
     3: PartitionedParameters,
 }
 
-__all__ = ["STAGES", "Fragment", "OwnerReduction", "Piece", "ShardError", "Shards", "in_chunks", "shards_of"]
+__all__ = [
+    "STAGES",
+    "Fragment",
+    "OwnerReduction",
+    "Piece",
+    "ShardError",
+    "Shards",
+    "chunk_of",
+    "in_chunks",
+    "shards_of",
+]
 
 
 def shards_of(engine: Any, optimizer: AGVM) -> Shards:

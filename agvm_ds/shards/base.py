@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,12 +32,17 @@ class ShardError(RuntimeError):
     """A gradient shard is not where this ZeRO stage keeps it."""
 
 
+def chunk_of(tensor: torch.Tensor) -> int:
+    """How many of a tensor's elements are worked on at once."""
+    return CHUNK_ON_CPU if tensor.device.type == "cpu" else CHUNK
+
+
 def in_chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The tensors' elements, in order, in runs of at most a chunk: large tensors are cut, small neighbours put together."""
     waiting: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:
-        most = CHUNK_ON_CPU if tensor.device.type == "cpu" else CHUNK
+        most = chunk_of(tensor)
         for part in tensor.reshape(-1).split(most):
             if waiting and size + part.numel() > most:
                 yield _together(waiting)
@@ -99,12 +105,12 @@ class Shards(ABC):
         """The process group over which gradients are averaged."""
         return self.engine.data_parallel_group
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         """Data-parallel ranks."""
         return int(comm.get_world_size(group=self.group))
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """This process's place among the data-parallel ranks."""
         return int(comm.get_rank(group=self.group))
