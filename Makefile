@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-faults lint doctor clean
+.PHONY: help setup demo test test-faults test-hosts bench lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,12 @@ test: lint ## lint, then all tests
 
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)
 	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
+
+test-hosts: $(STAMP) ## launches over two and three hosts, network namespaces of this machine: needs root, sshd and pdsh (about 8 minutes)
+	$(BIN)/python -m pytest -m "" tests/hosts
+
+bench: $(STAMP) ## what AGVM adds to an update: time, memory, bytes; the trainer beside mmdet's (about 50 minutes on 2 cores)
+	$(BIN)/python -m benchmarks
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

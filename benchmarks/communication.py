@@ -179,7 +179,8 @@ def _totals(rows: Sequence[Mapping[str, Any]], stage: int, ranks: int, way: str)
 
 
 def _megabytes(size: int) -> str:
-    return f"{size} B" if size < 1000 else f"{size / 1e6:.1f} MB"
+    units = ((10**6, "MB"), (10**3, "kB"))
+    return next((f"{size / unit:.1f} {name}" for unit, name in units if size >= unit), f"{size} B")
 
 
 def _plan(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -11,8 +11,10 @@ less, where DeepSpeed's own step needs more at another moment.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import save
 from tests.engines import ds_config, started
 from tests.launch import run_ranks
 
@@ -85,18 +88,31 @@ def all_added() -> list[float]:
     return [added(run) for run in RUNS]
 
 
-def main() -> None:
-    """Measure and print."""
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Measure, print, save; return the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="memory.json is written there")
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         by_rank = run_ranks(all_added, RANKS, Path(place), timeout=900)
-    print("| base, estimator | bucket, elements | allowed | stage 0 | 1 | 2 | 3 |")
-    print("|---|---|---|---|---|---|---|")
     found = {run: max(values) for run, *values in zip(RUNS, *by_rank, strict=True)}
+    keys = ("stage", "base", "estimator", "bucket")
+    rows = [{**dict(zip(keys, run, strict=True)), "MiB": more, "allowed": expected(run)} for run, more in found.items()]
+    save(args.save, "memory", rows)
+    text = table(found)
+    print(text)
+    return text
+
+
+def table(found: Mapping[Run, float]) -> str:
+    """Markdown: a line a way and bucket, a column a stage."""
+    lines = ["| base, estimator | bucket, elements | allowed | stage 0 | 1 | 2 | 3 |", "|---|---|---|---|---|---|---|"]
     for base, estimator in WAYS:
         for bucket in BUCKETS:
             row = [f"{found[stage, base, estimator, bucket]:.0f}" for stage in range(4)]
             should = f"{expected((0, base, estimator, bucket)):.0f}"
-            print(f"| {base}, {estimator} | {bucket:.0e} | {should} | {' | '.join(row)} |")
+            lines.append(f"| {base}, {estimator} | {bucket:.0e} | {should} | {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer                      about 6 minutes on two cores
     python -m benchmarks.trainer --only throughput    or: workers, checkpoints
-    python -m benchmarks.trainer --save FILE          the figures as JSON too
+    python -m benchmarks.trainer --save FOLDER        the figures as JSON too
 
 The built-in data and config, two ranks, one micro-batch of 4 images a rank and update, no evaluation, AdamW in fp32; real
 launches by the ``deepspeed`` command. They train in turns (see ``turns``): a ratio compares two turns of the same round, and
@@ -25,7 +25,7 @@ from typing import Any
 
 from agvm_ds.demo.data import ensure
 from benchmarks import trainer_clock as clock
-from benchmarks.machine import describe
+from benchmarks.machine import save
 from benchmarks.turns import ROOT, Launch, Turns, launched, take_turns
 
 RANKS, IMAGES = 2, 4
@@ -226,7 +226,7 @@ PARTS: dict[str, Callable[[Bench], Tables]] = {
 def markdown(title: str, rows: Sequence[Row]) -> str:
     """A table."""
     lines: list[Iterable[str]] = [rows[0], ["---"] * len(rows[0]), *(map(shown, row.values()) for row in rows)]
-    return "\n".join([f"\n{title}\n", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join([f"\n**{title}**\n", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def shown(value: Any) -> str:
@@ -234,27 +234,31 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Measure, print, save; return the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each launch")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each launch (default %(default)s)")
     parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="ZeRO stages")
-    parser.add_argument("--updates", type=int, default=10, help="updates of a turn, and from checkpoint to checkpoint")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="the figures as JSON")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--updates", type=int, default=10, help="of a turn, and from checkpoint to checkpoint (default %(default)s)"
+    )
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="trainer.json is written there")
+    args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # launches that are stopped would be left
     ensure(ROOT / "data/digits")
-    tables: Tables = {}
-    for name in arguments.only or PARTS:
+    rows: list[Row] = []
+    said = []
+    for name in args.only or PARTS:
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), arguments.stages, arguments.rounds, arguments.updates)
+            bench = Bench(Path(folder), args.stages, args.rounds, args.updates)
             found = PARTS[name](bench)
-        for title, rows in found.items():
-            print(markdown(title, rows), flush=True)
-        tables |= found
-    if arguments.save:
-        arguments.save.write_text(json.dumps({"machine": describe(), "tables": tables}, indent=2) + "\n")
+        for title, table in found.items():
+            said.append(markdown(title, table))
+            print(said[-1], flush=True)
+            rows += [{"table": title, **row} for row in table]
+    save(args.save, "trainer", rows)
+    return "\n".join(said)
 
 
 if __name__ == "__main__":

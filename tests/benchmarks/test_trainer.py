@@ -64,12 +64,14 @@ def test_parts_are_of_a_whole_and_in_updates() -> None:
 
 def measured(place: Path, *words: str) -> dict[str, Any]:
     """The tables of a command."""
-    file = place / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.trainer", *words, "--save", str(file)]
+    command = [sys.executable, "-m", "benchmarks.trainer", *words, "--save", str(place)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=400)
-    text = file.read_text()
+    text = (place / "trainer.json").read_text()
     assert str(ROOT) not in text and socket.gethostname() not in text
-    return dict(json.loads(text)["tables"])
+    tables: dict[str, list[Any]] = {}
+    for row in json.loads(text)["rows"]:
+        tables.setdefault(row.pop("table"), []).append(row)
+    return tables
 
 
 @pytest.mark.extended

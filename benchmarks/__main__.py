@@ -1,0 +1,55 @@
+"""All benchmarks of cost, one after another.
+
+python -m benchmarks              prints every table and saves the figures in work_dirs/bench
+python -m benchmarks --write      puts the tables into docs/performance.md as well
+python -m benchmarks memory       one of them, or some
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import communication, memory, trainer, updates
+from benchmarks.machine import describe
+
+PARTS = {
+    "updates": updates.main,
+    "memory": memory.main,
+    "communication": communication.main,
+    "trainer": trainer.main,
+}
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def main() -> None:
+    """Measure, print, save, and write if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "--save", type=Path, default=Path("work_dirs/bench"), metavar="FOLDER", help="(default %(default)s)"
+    )
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
+    args = parser.parse_args()
+    if unknown := [name for name in args.parts if name not in PARTS]:
+        parser.error(f"{', '.join(unknown)}: choose among {', '.join(PARTS)}")
+    for name in args.parts or PARTS:
+        print(f"\n== {name}\n", flush=True)
+        text = PARTS[name](["--save", str(args.save)])
+        if args.write:
+            DOCUMENT.write_text(with_table(DOCUMENT.read_text(), name, text))
+
+
+def with_table(document: str, name: str, table: str) -> str:
+    """The document with a table, and what it was measured on, between its two marks. Raises LookupError without them."""
+    head, begin, rest = document.partition(f"<!-- made by python -m benchmarks {name} --write -->\n")
+    _, end, tail = rest.partition(f"<!-- end of {name} -->\n")
+    if not (begin and end):
+        raise LookupError(f"the document has no place for {name}")
+    about = describe()
+    said = f"{about['date']}, {about['machine']}; {about['versions']}."
+    return f"{head}{begin}\n{said}\n\n{table.strip()}\n\n{end}{tail}"
+
+
+if __name__ == "__main__":
+    main()
