@@ -38,7 +38,9 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # a config is Python code and may raise anything
-        raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
+        # mmcv raises a bare ImportError for what custom_imports names
+        reason = str(error) or error.__context__ or ""
+        raise ConfigError(f"config {path}: {type(error).__name__}: {reason}") from error
 
 
 @contextmanager
