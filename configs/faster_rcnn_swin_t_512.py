@@ -1,5 +1,5 @@
-# Faster R-CNN Swin-T FPN with AdamW at batch 512. The paper (arXiv 2210.11078) measures gradient variances on this detector; it
-# aims at no loss against batch 16. COCO, 32 GPUs x 16 images. Nobody has run it here at this size.
+# Faster R-CNN Swin-T FPN with AdamW at batch 512. The paper (arXiv 2210.11078) measures gradient variances on it; the
+# aim is no loss against batch 16. COCO, 32 GPUs x 16 images. Nobody has run it here at this size.
 # Backbone, optimizer and 12 epochs are those of mmdet's Mask R-CNN Swin-T; AdamW's rate is scaled by the square root.
 import mmcv
 

@@ -1,0 +1,26 @@
+"""SyncBN, whose statistics are those of a micro-step's images on all ranks: it trains on a GPU alone."""
+
+from __future__ import annotations
+
+from deepspeed.accelerator import get_accelerator
+from mmcv.cnn.utils import revert_sync_batchnorm
+from mmcv.ops import SyncBatchNorm as MMSyncBatchNorm
+from torch import nn
+
+from agvm_ds.config import ConfigError
+
+SYNC_BN = (nn.SyncBatchNorm, MMSyncBatchNorm)
+
+
+def settle_sync_bn(detector: nn.Module, revert: bool) -> None:
+    """Put BN, with the same parameters and buffers, where a detector has SyncBN, if ``revert``; in place, before DeepSpeed.
+
+    In evaluation SyncBN is BN, on a CPU too. Raises ConfigError for SyncBN that is to train on a CPU.
+    """
+    if revert:
+        revert_sync_batchnorm(detector)
+    elif get_accelerator().device_name() == "cpu" and any(isinstance(module, SYNC_BN) for module in detector.modules()):
+        raise ConfigError(
+            "the detector has SyncBN, which needs a GPU to train: with --revert-sync-bn it trains with BN, whose statistics "
+            "are those of each micro-batch; or set norm_cfg.type to GN"
+        )
