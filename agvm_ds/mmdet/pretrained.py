@@ -35,8 +35,8 @@ SILENCE = 60.0
 
 
 def _open_mmlab() -> dict[str, str]:
-    models = get_external_models()
-    return {**models, **{old: models[new] for old, new in get_deprecated_model_names().items()}}
+    models, renamed = get_external_models(), get_deprecated_model_names()
+    return {**models, **{old: models[new] for old, new in renamed.items() if new in models}}
 
 
 ZOOS: dict[str, Callable[[], Mapping[str, str]]] = {
@@ -134,7 +134,7 @@ def init_weights(detector: nn.Module, trust: bool = False) -> None:
     with session.agreeing():
         try:
             with any_pickle() if trust else weights_only():
-                detector.init_weights()
+                detector.init_weights()  # type: ignore[operator]
         except (AssertionError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(_unreadable(sources, error)) from error
         except pickle.UnpicklingError as error:

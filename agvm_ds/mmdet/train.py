@@ -160,7 +160,7 @@ def make_detector(cfg: Config, plan: Plan, classes: Any, options: TrainOptions) 
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
     with blamed("model"):
         detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
-    settle_sync_bn(detector, options.revert_sync_bn)
+    plan.notes += settle_sync_bn(detector, options.revert_sync_bn)
     quiet = logging.getLogger("mmcv")
     level = quiet.level
     quiet.setLevel(logging.WARNING)  # a line a parameter otherwise
