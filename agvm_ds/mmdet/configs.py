@@ -50,7 +50,16 @@ def blamed(part: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 

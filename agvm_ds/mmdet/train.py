@@ -13,7 +13,6 @@ from typing import Any
 
 import mmcv
 from deepspeed import comm
-from deepspeed.accelerator import get_accelerator
 from mmcv import Config
 from mmcv.runner import build_runner
 from mmdet import __version__ as mmdet_version
@@ -24,7 +23,6 @@ from torch import nn
 
 import agvm_ds
 from agvm_ds.checkpoints import Placed
-from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
@@ -41,8 +39,10 @@ from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
+from agvm_ds.mmdet.pretrained import init_weights, provide
 from agvm_ds.mmdet.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.summary import summarize
+from agvm_ds.mmdet.sync_bn import settle_sync_bn
 from agvm_ds.mmdet.weights import keep_unrounded, load_weights
 from agvm_ds.monitor import FILE_NAME, JsonLines
 
@@ -65,6 +65,7 @@ class TrainOptions:
     validate: bool = True
     auto_scale_lr: bool = False
     allow_other_categories: bool = False
+    revert_sync_bn: bool = False
     cfg_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +94,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     for phase_loader in loaders:
         shield_workers(phase_loader)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
-    detector = make_detector(cfg, plan, loader.dataset.CLASSES, options.trust_checkpoint)
+    detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
     setup = optimizer.build(detector, cfg, plan)
     unrounded = keep_unrounded(detector) if plan.half else {}
@@ -155,21 +156,20 @@ def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
     return ["train", "val"] if validates else ["train"]
 
 
-def make_detector(cfg: Config, plan: Plan, classes: Any, trust: bool = False) -> nn.Module:
+def make_detector(cfg: Config, plan: Plan, classes: Any, options: TrainOptions) -> nn.Module:
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
     with blamed("model"):
         detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
-    on_cpu = get_accelerator().device_name() == "cpu"
-    if on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules()):
-        raise ConfigError("the detector has SyncBN, which needs a GPU; on a CPU set norm_cfg.type to BN or GN")
+    plan.notes += settle_sync_bn(detector, options.revert_sync_bn)
     quiet = logging.getLogger("mmcv")
     level = quiet.level
     quiet.setLevel(logging.WARNING)  # a line a parameter otherwise
-    detector.init_weights()
+    init_weights(detector, options.trust_checkpoint)
     quiet.setLevel(level)
     detector.CLASSES = classes
     if cfg.load_from:
-        load_weights(detector, cfg.load_from, get_root_logger(), trust)
+        provide({cfg.load_from: "load_from"})
+        load_weights(detector, cfg.load_from, get_root_logger(), options.trust_checkpoint)
     if plan.half:
         enable_half(detector, plan.half)
     return detector

@@ -152,7 +152,13 @@ MISTAKES = {
         "none of its weights has a place in the detector", options={"load_from": "{place}/foreign.pth"}, prepare=foreign
     ),
     "averages under ZeRO-3": Mistake("ZeRO-3 leaves no whole weights", {"zero_optimization": {"stage": 3}}, config=EMA),
-    "SyncBN": Mistake("SyncBN, which needs a GPU", config='norm_cfg.update(type="SyncBN"); norm_cfg.pop("num_groups")'),
+    "pretrained": Mistake(
+        "hub/checkpoints/weights.pth on every host",
+        config='model["backbone"]["init_cfg"] = dict(type="Pretrained", checkpoint="http://127.0.0.1:9/weights.pth")',
+    ),
+    "SyncBN": Mistake(
+        "with --revert-sync-bn it trains with BN", config='norm_cfg.update(type="SyncBN"); norm_cfg.pop("num_groups")'
+    ),
     "junk to test": Mistake(
         "junk.pth: cannot be loaded as a .pth", words=("{place}/junk.pth",), prepare=junk, script="test.py"
     ),
