@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import communication, memory, trainer, updates
-from benchmarks.machine import describe
+from benchmarks.machine import with_table
 
 PARTS = {
     "updates": updates.main,
@@ -38,17 +38,6 @@ def main() -> None:
         text = PARTS[name](["--save", str(args.save)])
         if args.write:
             DOCUMENT.write_text(with_table(DOCUMENT.read_text(), name, text))
-
-
-def with_table(document: str, name: str, table: str) -> str:
-    """The document with a table, and what it was measured on, between its two marks. Raises LookupError without them."""
-    head, begin, rest = document.partition(f"<!-- made by python -m benchmarks {name} --write -->\n")
-    _, end, tail = rest.partition(f"<!-- end of {name} -->\n")
-    if not (begin and end):
-        raise LookupError(f"the document has no place for {name}")
-    about = describe()
-    said = f"{about['date']}, {about['machine']}; {about['versions']}."
-    return f"{head}{begin}\n{said}\n\n{table.strip()}\n\n{end}{tail}"
 
 
 if __name__ == "__main__":

@@ -44,3 +44,14 @@ def save(folder: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> N
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps({**describe(), "rows": list(rows)}, indent=1) + "\n")
+
+
+def with_table(document: str, name: str, table: str) -> str:
+    """The document with a table, and what it was measured on, between its two marks. Raises LookupError without them."""
+    head, begin, rest = document.partition(f"<!-- begin of {name} -->\n")
+    _, end, tail = rest.partition(f"<!-- end of {name} -->\n")
+    if not (begin and end):
+        raise LookupError(f"the document has no place for {name}")
+    about = describe()
+    said = f"{about['date']}, {about['machine']}; {about['versions']}."
+    return f"{head}{begin}\n{said}\n\n{table.strip()}\n\n{end}{tail}"

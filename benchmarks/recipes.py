@@ -147,14 +147,14 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, file.read_text().splitlines())
 
 
-def problem_of(run: Run, recipe: Recipe) -> str:
-    """What is wrong with a shrunk run that ended well; empty when nothing is."""
+def problem_of(run: Run, agvm: bool) -> str:
+    """What is wrong with a shrunk run that ended well, with AGVM or without; empty when nothing is."""
     if len(run.losses) != UPDATES:
         return f"{len(run.losses)} updates, not {UPDATES}"
     if not all(map(math.isfinite, run.losses)):
         return f"losses {run.losses}"
     missing = [name for name, variance in run.variances.items() if variance is None or not math.isfinite(variance)]
-    if missing or bool(run.variances) != ("agvm" in recipe.settings()):
+    if missing or bool(run.variances) != agvm:
         return f"no variance of {', '.join(missing) or 'any module'}"
     return ""
 
@@ -182,7 +182,7 @@ def _row(recipe: Recipe, folder: Path, data: Path) -> str:
     outcome = launch("train.py", recipe.arguments(place, data), place, RANKS, timeout=600)
     seconds = time.monotonic() - began
     run = Run.of(place / "work")
-    reason = problem_of(run, recipe) if outcome.good else told(outcome.output)
+    reason = problem_of(run, "agvm" in recipe.settings()) if outcome.good else told(outcome.output)
     loss = ", ".join(f"{loss:.3g}" for loss in run.losses)
     row = recipe.name, len(run.losses), loss, ", ".join(run.variances) or "-", f"{seconds:.0f}", reason
     print(f"| {' | '.join(map(str, row))} |", flush=True)

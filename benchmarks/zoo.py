@@ -1,8 +1,8 @@
 """The AGVM modules of every detector that mmdet ships, and a training of detectors that differ in kind.
 
-    python -m benchmarks.zoo                  about 2 minutes to build all, 8 more to train
-    python -m benchmarks.zoo --no-training    the modules alone
-    python -m benchmarks.zoo --write          puts the table into docs/detectors.md as well
+    python -m benchmarks.zoo                       about 2 minutes to build all, 15 more to train, on two cores
+    python -m benchmarks.zoo --train DETR SOLOv2   these alone; without a name none
+    python -m benchmarks.zoo --write               puts the tables into docs/detectors.md as well
 
 Every config of the installed mmdet is read and its detector built, without weights. Printed is a line for each way in
 which a family's detectors are cut: how many configs, the modules with their share of the trainable parameters, the share
@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -36,7 +37,9 @@ from agvm_ds.config import ConfigError
 from agvm_ds.groups import MODULE, PARAMS, REST, cut_groups
 from agvm_ds.mmdet.configs import read_config, shipped_configs
 from agvm_ds.mmdet.modules import modules_of
-from benchmarks.machine import save
+from benchmarks.machine import save, with_table
+from benchmarks.recipes import make_data
+from benchmarks.zoo_training import FAMILIES, Training, train
 from tests.launch import CONTEXT
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "detectors.md"
@@ -146,3 +149,66 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def lines_of(found: Sequence[Cut]) -> list[str]:
+    """Markdown: a line for each way in which a family's detectors are cut, and one for each reason why some are not."""
+    ways: dict[tuple[str, ...], list[Cut]] = {}
+    for cut in found:
+        ways.setdefault((cut.family, *(cut.shares or [cut.reason])), []).append(cut)
+    lines = ["| family | configs | modules: share of the trainable parameters (of the first config) | outside |"]
+    lines.append("|---|---|---|---|")
+    for cuts_ in ways.values():
+        first = cuts_[0]
+        shares = ", ".join(f"{name} {100 * share:.2g} %" for name, share in first.shares.items() if name != REST)
+        cells = (shares, f"{100 * first.outside:.2g} %") if shares else (f"not built: {first.reason}", "")
+        lines.append(f"| {first.family} | {len(cuts_)} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def training_lines(trainings: Iterable[Training]) -> Iterator[str]:
+    """Markdown: a line a detector, as it ends."""
+    yield "| detector | config | losses | gradient variance of each module | s | reason if not |\n|---|---|---|---|---|---|"
+    for one in trainings:
+        losses = ", ".join(f"{loss:.3g}" for loss in one.run.losses)
+        variances = ", ".join(f"{name} {phi:.2g}" for name, phi in one.run.variances.items() if phi is not None)
+        yield f"| {one.name} | `{one.config}` | {losses} | {variances} | {one.seconds:.0f} | {one.reason} |"
+
+
+def main() -> None:
+    """Build, train, print; exit with 1 where a parameter is outside or a training failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--train", nargs="*", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--write", action="store_true", help=f"write the tables into {DOCUMENT.name}")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="zoo.json is written there")
+    args = parser.parse_args()
+    if unknown := set(args.train) - set(FAMILIES):
+        parser.error(f"{', '.join(unknown)}: choose among {', '.join(FAMILIES)}")
+    found = cuts(list(shipped_configs()))
+    tables = {"modules": lines_of(found)}
+    print("\n".join(tables["modules"]), flush=True)
+    trainings: list[Training] = []
+    tables["training"] = []
+    for line in training_lines(_each(args.train, trainings)):
+        print(line, flush=True)
+        tables["training"].append(line)
+    save(args.save, "zoo", [*map(asdict, found), *map(asdict, trainings)])
+    if args.write:
+        document = DOCUMENT.read_text()
+        for name, lines in tables.items():
+            document = with_table(document, name, "\n".join(lines))
+        DOCUMENT.write_text(document)
+    sys.exit(any(cut.outside for cut in found) or any(one.reason for one in trainings))
+
+
+def _each(names: Sequence[str], done: list[Training]) -> Iterator[Training]:
+    """Train the named ones, one after another, and keep what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder) / "data")
+        for number, name in enumerate(names):
+            done.append(train(name, FAMILIES[name], Path(folder) / str(number), data))
+            yield done[-1]
+
+
+if __name__ == "__main__":
+    main()

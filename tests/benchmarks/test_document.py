@@ -1,18 +1,25 @@
-"""docs/performance.md: every benchmark has its place in it."""
+"""Every table that a benchmark writes has its place in the docs."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.__main__ import DOCUMENT, PARTS, with_table
+from benchmarks import __main__ as cost
+from benchmarks import zoo
+from benchmarks.machine import with_table
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_table_goes_between_its_marks_and_nowhere_else(name: str) -> None:
-    before = DOCUMENT.read_text()
+@pytest.mark.parametrize(
+    ("document", "name"),
+    [*((cost.DOCUMENT, part) for part in cost.PARTS), (zoo.DOCUMENT, "modules"), (zoo.DOCUMENT, "training")],
+)
+def test_a_table_goes_between_its_marks_and_nowhere_else(document: Path, name: str) -> None:
+    before = document.read_text()
     after = with_table(before, name, "| a table |")
     assert "| a table |" in after
-    begin, end = f"<!-- made by python -m benchmarks {name} --write -->\n", f"<!-- end of {name} -->\n"
+    begin, end = f"<!-- begin of {name} -->\n", f"<!-- end of {name} -->\n"
     assert after.partition(begin)[0] == before.partition(begin)[0]
     assert after.partition(end)[2] == before.partition(end)[2]
     assert with_table(after, name, "| a table |") == after

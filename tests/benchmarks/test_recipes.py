@@ -16,7 +16,7 @@ from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.plan import make_plan
-from benchmarks.recipes import RANKS, Recipe, Run, make_data, problem_of, recipes
+from benchmarks.recipes import RANKS, Run, make_data, problem_of, recipes
 from tests.trainer import launch
 
 RECIPES = {recipe.name: recipe for recipe in recipes()}
@@ -136,7 +136,7 @@ def test_it_trains_and_measures(name: str, data: Path, tmp_path: Path) -> None:
     outcome = launch("train.py", recipe.arguments(tmp_path, data), tmp_path, RANKS, timeout=300)
     assert outcome.good, outcome.output
     run = Run.of(tmp_path / "work")
-    assert problem_of(run, recipe) == ""
+    assert problem_of(run, "agvm" in recipe.settings()) == ""
     assert set(run.variances) == (set(MODULES[name.partition("_")[0]]) if "agvm" in recipe.settings() else set())
 
 
@@ -151,5 +151,5 @@ def test_it_trains_and_measures(name: str, data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_went_wrong_is_told(losses: list[float], variances: dict[str, Any], said: str) -> None:
-    problem = problem_of(Run(losses, variances), Recipe(RECIPES[IN_CI].json_file))
+    problem = problem_of(Run(losses, variances), True)
     assert problem.startswith(said) and bool(problem) == bool(said)
