@@ -93,6 +93,11 @@ def config_path(name: str | None) -> Path:
     raise ConfigError(f"config not found: {name} is neither a file nor the name of a config that mmdet ships{hint}")
 
 
+def work_dir_of(cfg: Config, name: str | None, asked: str | Path | None) -> Path:
+    """The work dir of a run: the one asked for, the config's, or one of the config's name."""
+    return Path(asked or cfg.get("work_dir") or f"work_dirs/{config_path(name).stem}")
+
+
 def shipped_configs() -> dict[str, Path]:
     """ "folder/name" -> file, for every config that the installed mmdet ships."""
     package = Path(mmdet.__file__).parent

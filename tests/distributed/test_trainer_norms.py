@@ -21,13 +21,13 @@ from tests.trainer import cfg_options, data_options, launch, logged, write_confi
 
 Weights = dict[str, torch.Tensor]
 NORMS = 'model["backbone"].update(norm_cfg=dict(type="{type}"), norm_eval={norm_eval}, frozen_stages={frozen}'
-SETTINGS: dict[str, Any] = {"train_batch_size": 4, "zero_optimization": {"stage": 2}, "agvm": {"start_step": 0}}
+SETTINGS: dict[str, Any] = {"train_batch_size": 8, "zero_optimization": {"stage": 2}, "agvm": {"start_step": 0}}
 OPTIONS = {"runner.max_epochs": 1, "lr_config.warmup": None, "log_config.interval": 1, "evaluation.interval": 1}
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure(tmp_path_factory.mktemp("data") / "digits", train=4, val=4)
+    return ensure(tmp_path_factory.mktemp("data") / "digits", train=8, val=4)
 
 
 @pytest.fixture(scope="module")
