@@ -11,7 +11,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from mmcv import Config
 from mmdet.models import build_detector
 
@@ -39,7 +38,7 @@ class Checkpoints:
 
 def checkpoints_of(cfg: Config, states: int = STATES) -> Checkpoints:
     """The checkpoints of a config's run. Raises ConfigError when its detector cannot be built."""
-    with blamed("model"), torch.device("meta"):
+    with blamed("model"):
         detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in detector.parameters()]
     every, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
