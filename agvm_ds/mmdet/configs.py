@@ -41,6 +41,10 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
         raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
 
 
+BUILDING = (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What mmdet and mmcv raise for a config that they cannot build. RuntimeError: a package that a data set needs is missing."""
+
+
 @contextmanager
 def blamed(part: str) -> Iterator[None]:
     """What mmdet or mmcv raise while they build this part of a config is a mistake in it: a ConfigError that names it."""
@@ -48,16 +52,7 @@ def blamed(part: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except BUILDING as error:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 
