@@ -1,8 +1,8 @@
 """Whether there is room for a run's checkpoints where its work dir is.
 
 A checkpoint is ``epoch_N.pth``, 4 P bytes of P parameters, and DeepSpeed's state of all ranks together: 4 P of weights, and
-4 (1 + m) T of the master copy and the optimizer's m states of T trained parameters. A state is written before an older one is
-removed.
+4 (1 + m) T of the master copy and the optimizer's m states of T trained parameters; stage 3 writes the master copy alone. A
+state is written before an older one is removed.
 """
 
 from __future__ import annotations
