@@ -1,9 +1,10 @@
-"""Look through the data of a config before training: python launch/check_data.py CONFIG [--decode]"""
+"""Look through the data of a config, and for room on the disk, before training: launch/check_data.py CONFIG [--decode]"""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -11,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from agvm_ds.mmdet.commandline import Parser
-from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.configs import read_config, work_dir_of
 from agvm_ds.mmdet.data_check import SPLITS, Checked, check_data
+from agvm_ds.mmdet.disk import too_little_room
 from agvm_ds.mmdet.errors import EXIT_BAD_INPUT, main_of_rank
 from agvm_ds.mmdet.images import decode_all
 
@@ -27,14 +29,16 @@ def main() -> None:
         "--workers", type=int, default=os.cpu_count(), help="processes that decode (default %(default)s)"
     )
     parser.add_argument("--allow-other-categories", action="store_true", help="as in launch/train.py")
+    parser.add_argument("--work-dir", type=Path, help="as in launch/train.py: is there room for the run's checkpoints?")
     parser.add_common()
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: must be at least 1")
-    checked = check_data(read_config(args.config, args.cfg_options), args.splits, args.allow_other_categories)
+    cfg = read_config(args.config, args.cfg_options)
+    checked = check_data(cfg, args.splits, args.allow_other_categories)
     if args.decode:
         decode(checked, args.workers)
-    show(checked, Console())
+    show(checked, too_little_room(cfg, work_dir_of(cfg, args.config, args.work_dir)), Console())
     if checked.lines():
         sys.exit(EXIT_BAD_INPUT)
 
@@ -49,7 +53,7 @@ def decode(checked: Checked, workers: int) -> None:
             decode_all(source.images, kind, source.report, workers, lambda: progress.advance(task))  # type: ignore[arg-type]
 
 
-def show(checked: Checked, console: Console) -> None:
+def show(checked: Checked, room: str | None, console: Console) -> None:
     """The tables of what was looked through and of what was found."""
     table = Table("data set", "annotation file", "images", "annotations", "classes seen")
     for source in checked.sources:
@@ -64,7 +68,11 @@ def show(checked: Checked, console: Console) -> None:
     for kind, noted in (("refused", False), ("noted", True)):
         for line in checked.lines(noted):
             findings.add_row(kind, Text(line))  # brackets are no markup
-    console.print(findings if findings.row_count else "nothing found: the data are in order")
+    if room is not None:
+        findings.add_row("warning", Text(room))
+    console.print(
+        findings if findings.row_count else "nothing found: the data are in order, and there is room for checkpoints"
+    )
 
 
 if __name__ == "__main__":

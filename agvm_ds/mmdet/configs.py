@@ -43,6 +43,10 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
         raise ConfigError(f"config {path}: {type(error).__name__}: {reason}") from error
 
 
+BUILDING = (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What mmdet and mmcv raise for a config that they cannot build. RuntimeError: a package that a data set needs is missing."""
+
+
 @contextmanager
 def blamed(part: str) -> Iterator[None]:
     """What mmdet or mmcv raise while they build this part of a config is a mistake in it: a ConfigError that names it."""
@@ -50,16 +54,7 @@ def blamed(part: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except BUILDING as error:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 
@@ -93,6 +88,11 @@ def config_path(name: str | None) -> Path:
     near = difflib.get_close_matches(wanted.rpartition("/")[2], [key.rpartition("/")[2] for key in shipped], 5, 0.5)
     hint = f"; mmdet {mmdet.__version__} ships, for example: {', '.join(near)}" if near else ""
     raise ConfigError(f"config not found: {name} is neither a file nor the name of a config that mmdet ships{hint}")
+
+
+def work_dir_of(cfg: Config, name: str | None, asked: str | Path | None) -> Path:
+    """The work dir of a run: the one asked for, the config's, or one of the config's name."""
+    return Path(asked or cfg.get("work_dir") or f"work_dirs/{config_path(name).stem}")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -27,7 +27,7 @@ from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
-from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config
+from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config, work_dir_of
 from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError, tell_lost
@@ -131,8 +131,8 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     cfg = read_config(options.config, options.cfg_options)
     plan = make_plan(deepspeed_config, cfg, int(os.environ.get("WORLD_SIZE", "1")), options.auto_scale_lr)
     refuse_unsupported(cfg, plan)
-    named = options.work_dir or cfg.get("work_dir") or f"work_dirs/{config_path(options.config).stem}"
-    cfg.work_dir, work_dir = str(named), Path(named)
+    work_dir = work_dir_of(cfg, options.config, options.work_dir)
+    cfg.work_dir = str(work_dir)
     if options.resume:
         refuse_nothing_to_resume(work_dir)
     if options.keep is not None:

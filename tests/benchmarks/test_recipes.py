@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mmcv import Config
 from mmdet.models import build_detector
 
@@ -99,8 +98,7 @@ def test_the_model_is_the_recipes(name: str, tmp_path: Path) -> None:
     """Its modules are the paper's; what it changes in mmdet's model is the official code's; plain mmdet reads its dump."""
     path = RECIPES[f"{name}.baseline"].config
     cfg, (detector, _) = read_config(str(path)), parts(name)
-    with torch.device("meta"):
-        assert modules_of(build_detector(cfg.model)) == MODULES[name.partition("_")[0]]
+    assert modules_of(build_detector(cfg.model)) == MODULES[name.partition("_")[0]]
     sixteen = "rcnn_r50_" in name and "adamw" not in name
     assert (cfg.runner.max_epochs, cfg.lr_config.step) == ((16, [12, 14]) if sixteen else (12, [8, 11]))
     if "swin" not in name:
@@ -125,7 +123,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("coco"))
 
 
-IN_CI = "mask_rcnn_r50_512.agvm"
+IN_CI = "retinanet_r50_512.agvm"
+"""The cheapest."""
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
+from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.disk import checkpoints_of
 from tests.launch import launch_port
 from tests.trainer import ROOT, cfg_options, data_options, launch, write_config, write_json
 
@@ -86,6 +88,15 @@ def test_the_work_dir_is_complete(work_dir: Path) -> None:
     }
     assert [json.loads(line)["update"] for line in (work_dir / "agvm.jsonl").read_text().splitlines()] == [2, 4]
     assert (work_dir / "deepspeed" / "latest").read_text() == "epoch_2"
+
+
+def test_checkpoints_take_the_room_that_was_estimated(work_dir: Path) -> None:
+    """AdamW, with two states. Stage 2's hook has averages, once more the weights; stage 3 writes none but the master copy."""
+    needed = checkpoints_of(read_config(str(work_dir / "config.py")))
+    more = needed.weights if work_dir.parent.name.startswith("stage2") else -needed.weights
+    found = sum(path.stat().st_size for path in (work_dir / "deepspeed/epoch_2").iterdir())
+    assert found == pytest.approx(needed.state + more, rel=0.05)
+    assert (work_dir / "epoch_2.pth").stat().st_size == pytest.approx(needed.weights, rel=0.05)
 
 
 def test_plain_mmdet_loads_what_is_published(work_dir: Path) -> None:

@@ -21,13 +21,13 @@ from tests.trainer import cfg_options, data_options, launch, logged, write_confi
 
 Weights = dict[str, torch.Tensor]
 NORMS = 'model["backbone"].update(norm_cfg=dict(type="{type}"), norm_eval={norm_eval}, frozen_stages={frozen}'
-SETTINGS: dict[str, Any] = {"train_batch_size": 4, "zero_optimization": {"stage": 2}, "agvm": {"start_step": 0}}
+SETTINGS: dict[str, Any] = {"train_batch_size": 8, "zero_optimization": {"stage": 2}, "agvm": {"start_step": 0}}
 OPTIONS = {"runner.max_epochs": 1, "lr_config.warmup": None, "log_config.interval": 1, "evaluation.interval": 1}
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure(tmp_path_factory.mktemp("data") / "digits", train=4, val=4)
+    return ensure(tmp_path_factory.mktemp("data") / "digits", train=8, val=4)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,9 @@ def test_groups_have_what_mmdet_trains(pretrained: Path, tmp_path: Path) -> None
 def test_sync_bn_trains_as_bn_when_asked_and_is_evaluated_as_it_is(kind: str, digits: Path, tmp_path: Path) -> None:
     """The weights of a config with BN; the metrics of the SyncBN config while training, and by launch/test.py again."""
     synced, said = train(tmp_path / "sync", digits, backbone(kind, False), "--revert-sync-bn")
-    plain, _ = train(tmp_path / "plain", digits, backbone("BN", False))
-    assert synced.keys() == plain.keys() and all(torch.equal(synced[name], plain[name]) for name in plain)
+    if kind == "SyncBN":  # mmcv's own draws its first weights at random
+        plain, _ = train(tmp_path / "plain", digits, backbone("BN", False))
+        assert synced.keys() == plain.keys() and all(torch.equal(synced[name], plain[name]) for name in plain)
     config, work = tmp_path / "sync/digits_config.py", tmp_path / "sync/work"
     assert kind in (work / "config.py").read_text() and "--revert-sync-bn" in said
     words = [str(config), str(work / "epoch_1.pth")]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,16 @@ def test_the_command_prints_what_it_looked_through(
     assert check(tmp_path, monkeypatch) == 0
     printed = capsys.readouterr().out
     assert "data.train" in printed and "2 of 2" in printed and "the data are in order" in printed
+
+
+def test_the_command_warns_of_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000))
+    assert check(tmp_path, monkeypatch, "--work-dir", "W") == 0
+    printed = capsys.readouterr().out
+    assert "warning" in printed and "--work-dir W: 0.0 GiB are free" in printed
 
 
 def test_the_command_ends_with_2_and_decodes_when_asked(

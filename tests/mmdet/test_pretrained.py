@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,6 +11,7 @@ from threading import Thread
 from typing import ClassVar
 
 import pytest
+from deepspeed import comm
 from mmcv.runner import BaseModule
 
 from agvm_ds.config import ConfigError
@@ -20,12 +22,13 @@ CONTENT = b"weights"
 
 
 class Server(BaseHTTPRequestHandler):
-    """Has one file, and counts what is asked of it."""
+    """Has one file, and counts what is asked of it; slow enough that ranks which all ask, ask before one has it."""
 
     asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         Server.asked.append(self.path)
+        time.sleep(1)
         self.send_response(200 if self.path == "/there.pth" else 404)
         self.end_headers()
         self.wfile.write(CONTENT)
@@ -46,6 +49,7 @@ def address() -> Iterator[str]:
 def provided(home: str, sources: dict[str, str]) -> str:
     """In a rank: what was said, or nothing."""
     os.environ |= {"TORCH_HOME": home, "no_proxy": "127.0.0.1"}
+    comm.barrier()
     try:
         provide(sources)
     except ConfigError as error:
