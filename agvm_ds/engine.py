@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from torch.optim import Optimizer
 
@@ -69,13 +71,38 @@ def initialize(
         _refuse_layout(model)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
         model_parameters = None
-    result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
-    )
+    with _scalars_broadcast():
+        result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+            args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
+        )
     attach(result[0])
     if (unknown := unknown_keys(config)) and result[0].global_rank == 0:
         logger.warning("the DeepSpeed config has keys that neither DeepSpeed nor AGVM reads: %s", ", ".join(unknown))
     return result
+
+
+@contextmanager
+def _scalars_broadcast() -> Iterator[None]:
+    """DeepSpeed 0.19 sends the first weights as bytes, and torch has no such view of a parameter without dimensions.
+
+    Many of mmdet's dense heads have those (mmcv's Scale). They have one dimension while they are sent.
+    """
+    send = DeepSpeedEngine._broadcast_model
+
+    @wraps(send)
+    def broadcast(engine: DeepSpeedEngine) -> None:
+        scalars = [p for p in engine.module.parameters() if p.dim() == 0]
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        send(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    DeepSpeedEngine._broadcast_model = broadcast
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = send
 
 
 def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:

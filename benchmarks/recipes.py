@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -190,9 +191,9 @@ def _row(recipe: Recipe, folder: Path, data: Path) -> str:
 
 
 def told(output: str) -> str:
-    """The line of a launch that failed that says why, as near as can be."""
-    lines = output.splitlines() or ["no output"]
-    return next((line for line in lines if "error" in line.lower()), lines[-1])
+    """The lines of a launch that failed that say why, as near as can be: its own message, or the last of a traceback."""
+    found = re.findall(r"^error: .*(?:\n  .*)*", output, re.MULTILINE) or re.findall(r"^\w*Error: .*", output, re.MULTILINE)
+    return " ".join((found[-1] if found else output[-200:]).split()) or "no output"
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def without_weights(node: Any) -> Any:
         read = node.get("init_cfg")
         gone = {"pretrained"} | ({"init_cfg"} if isinstance(read, Mapping) and "checkpoint" in read else set())
         return type(node)({key: without_weights(value) for key, value in node.items() if key not in gone})
-    return [without_weights(item) for item in node] if isinstance(node, (list, tuple)) else node
+    return type(node)(map(without_weights, node)) if isinstance(node, (list, tuple)) else node
 
 
 def collected(cfg: Config) -> list[str]:

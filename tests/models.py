@@ -55,6 +55,14 @@ class ChannelsLast(Toy):
         self.neck.weight.data = self.neck.weight.data.t().contiguous().t()
 
 
+class Scalar(Toy):
+    """A parameter without dimensions, as mmcv's Scale has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
 class Sometimes(Toy):
     """The auxiliary head has a gradient only where a micro-batch has something for it: on some ranks, in some steps."""
 

@@ -182,6 +182,7 @@ MODELS = [
     Option("deepspeed.checkpointing", ANY, model=models.deepspeed_checkpointing),
     Option("weights tied between modules (the first has them)", ANY, model=models.Tied),
     Option("a gradient not contiguous", ANY, model=models.Transposed),
+    Option("a parameter without dimensions (mmcv's Scale)", ANY, model=models.Scalar),
     Option("a gradient exactly zero", ANY, model=models.Zero),
     Option("a gradient on some ranks only", (0, 1), model=models.Sometimes, note=NOT_BY_DEEPSPEED),
 ]
