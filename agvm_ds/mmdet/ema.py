@@ -132,20 +132,6 @@ def ema_hooks(hooks: Iterable[Any]) -> list[EngineEMA]:
     return [hook for hook in hooks if isinstance(hook, EngineEMA)]
 
 
-def engine_hooks(custom_hooks: Any) -> list[Any]:
-    """A config's ``custom_hooks`` with the EMA hooks' types replaced; mmcv allows one alone without a list."""
-    hooks = custom_hooks if isinstance(custom_hooks, (list, tuple)) else [custom_hooks] if custom_hooks else []
-    return [
-        {**hook, "type": f"Engine{hook['type']}"} if isinstance(hook, dict) and hook.get("type") in EMA_HOOKS else hook
-        for hook in hooks
-    ]
-
-
-def ema_hooks(hooks: Iterable[Any]) -> list[EngineEMA]:
-    """Those of a runner's hooks that average weights."""
-    return [hook for hook in hooks if isinstance(hook, EngineEMA)]
-
-
 def use_averages(weights: StateDict, hooks: Iterable[Any], unrounded: Mapping[str, torch.Tensor]) -> StateDict:
     """What is evaluated and published: whole ``weights`` with the averages that are in use now in their place.
 

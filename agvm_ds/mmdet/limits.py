@@ -15,9 +15,7 @@ from agvm_ds.mmdet.plan import Plan
 RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}
 """Type -> the key that says how long it runs."""
 PHASES = ("train", "val")
-WITHOUT_EPOCHS = (
-    "mmcv uses the averages between epochs, which an IterBasedRunner has not: it evaluates and publishes the trained weights"
-)
+WITHOUT_EPOCHS = "mmcv uses the averages between epochs, which an IterBasedRunner has not: it evaluates and publishes the trained weights"
 
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
