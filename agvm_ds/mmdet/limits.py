@@ -15,7 +15,7 @@ from agvm_ds.mmdet.plan import Plan
 RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}
 """Type -> the key that says how long it runs."""
 PHASES = ("train", "val")
-WITHOUT_EPOCHS = "mmcv uses the averages between epochs, which an IterBasedRunner has not: it evaluates and publishes the trained weights"
+WITHOUT_EPOCHS = "an IterBasedRunner has no epochs, after which mmcv uses the averages: trained weights are published"
 
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""A config's hooks of averaged weights, exchanged for those that average what a rank owns (tests/distributed/test_averages.py)."""
+"""A config's hooks of averaged weights are exchanged; what they average: tests/distributed/test_averages.py."""
 
 from __future__ import annotations
 
