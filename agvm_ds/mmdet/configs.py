@@ -41,6 +41,18 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
         raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
 
 
+_RAISED = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def blamed(part: str) -> Iterator[None]:
     """What mmdet or mmcv raise while they build this part of a config is a mistake in it: a ConfigError that names it."""
@@ -48,7 +60,7 @@ def blamed(part: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+    except _RAISED as error:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 

@@ -79,8 +79,19 @@ def _built(data_cfg: Any, defaults: dict[str, Any] | None = None) -> Any:
 def _validated_as_trained(cfg: Config) -> Any:
     """``data.val`` with the training pipeline: a phase "val" computes losses."""
     validation = copy.deepcopy(cfg.data.val)
-    validation.pipeline = _pipeline_of(cfg.data.train)
+    for part in _plain_sets(validation):
+        part.pipeline = _pipeline_of(cfg.data.train)
     return validation
+
+
+def _plain_sets(node: Any) -> Iterator[Any]:
+    """The data set configs in a list or in wrappers (repeat, concat)."""
+    parts = node if isinstance(node, (list, tuple)) else node.get("datasets") or node.get("dataset")
+    if parts is None:
+        yield node
+        return
+    for part in parts if isinstance(parts, (list, tuple)) else [parts]:
+        yield from _plain_sets(part)
 
 
 def _pipeline_of(node: Any) -> Any:
@@ -105,7 +116,7 @@ def test_loader(cfg: Config, split: str = "val") -> Any:
     options |= dict(cfg.data.get(f"{split}_dataloader", {}))
     data_cfg = cfg.data[split]
     if options["samples_per_gpu"] > 1:
-        for part in data_cfg if isinstance(data_cfg, (list, tuple)) else [data_cfg]:
+        for part in _plain_sets(data_cfg):
             part.pipeline = replace_ImageToTensor(part.pipeline)
     data = _built(data_cfg, {"test_mode": True})
     return build_dataloader(data, **options, dist=True, shuffle=False)
