@@ -38,7 +38,8 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # a config is Python code and may raise anything
-        raise ConfigError(f"config {path}: {type(error).__name__}: {error}") from error
+        text = str(error) or error.__context__  # mmcv says nothing of what custom_imports cannot import
+        raise ConfigError(f"config {path}: {type(error).__name__}: {text}") from error
 
 
 _RAISED = (

@@ -12,6 +12,7 @@ from mmdet.datasets import build_dataloader, build_dataset, replace_ImageToTenso
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import blamed
+from agvm_ds.mmdet.data_check import data_sets
 from agvm_ds.mmdet.images import name_images
 from agvm_ds.mmdet.plan import Batch
 
@@ -79,19 +80,9 @@ def _built(data_cfg: Any, defaults: dict[str, Any] | None = None) -> Any:
 def _validated_as_trained(cfg: Config) -> Any:
     """``data.val`` with the training pipeline: a phase "val" computes losses."""
     validation = copy.deepcopy(cfg.data.val)
-    for part in _plain_sets(validation):
+    for _, part in data_sets(validation, "data.val"):
         part.pipeline = _pipeline_of(cfg.data.train)
     return validation
-
-
-def _plain_sets(node: Any) -> Iterator[Any]:
-    """The data set configs in a list or in wrappers (repeat, concat)."""
-    parts = node if isinstance(node, (list, tuple)) else node.get("datasets") or node.get("dataset")
-    if parts is None:
-        yield node
-        return
-    for part in parts if isinstance(parts, (list, tuple)) else [parts]:
-        yield from _plain_sets(part)
 
 
 def _pipeline_of(node: Any) -> Any:
@@ -116,7 +107,7 @@ def test_loader(cfg: Config, split: str = "val") -> Any:
     options |= dict(cfg.data.get(f"{split}_dataloader", {}))
     data_cfg = cfg.data[split]
     if options["samples_per_gpu"] > 1:
-        for part in _plain_sets(data_cfg):
+        for _, part in data_sets(data_cfg, split):
             part.pipeline = replace_ImageToTensor(part.pipeline)
     data = _built(data_cfg, {"test_mode": True})
     return build_dataloader(data, **options, dist=True, shuffle=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 from mmcv import Config, ConfigDict
+from mmdet.apis.train import auto_scale_lr
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import read_config
@@ -87,6 +89,19 @@ def test_the_rate_is_scaled_to_the_global_batch_once(asked: bool, enabled: bool)
     assert cfg.optimizer.lr == pytest.approx(0.02 * 16 / 64)
     assert not cfg.auto_scale_lr.enable
     assert "auto_scale_lr: lr = 0.02 x batch 16 / 64 = 0.005" in plan.notes
+
+
+@pytest.mark.parametrize("base", [8, 16, 64])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_rate_is_mmdets_own_with_one_accumulation_step(base: int, enabled: bool) -> None:
+    """With more, an update has more images than mmdet counts."""
+    change = {"auto_scale_lr": ConfigDict(enable=enabled, base_batch_size=base), "optimizer.lr": 0.02}
+    plan, cfg = planned({"train_micro_batch_size_per_gpu": 8}, change)
+    plain = read_config(None, {**change, "data.samples_per_gpu": 8})
+    plain.gpu_ids = range(2)
+    auto_scale_lr(plain, False, logging.getLogger("tests"))
+    assert plan.batch.accumulation == 1
+    assert cfg.optimizer.lr == plain.optimizer.lr == 0.02 * (16 / base if enabled else 1)
 
 
 def test_the_rate_is_not_scaled_unless_asked_or_when_the_json_has_it() -> None:
