@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mmcv import ConfigDict
 from mmdet.core.hook import YOLOXModeSwitchHook
 from mmdet.datasets import build_dataloader
 from torch.utils.data import DataLoader
@@ -115,7 +117,9 @@ def test_a_val_phase_finds_the_training_pipeline_within_wrappers() -> None:
     ]
     assert _validated_as_trained(cfg).pipeline == pipeline
     assert cfg.data.val.pipeline != pipeline
-    cfg.data.val = [cfg.data.val, {"type": "ConcatDataset", "datasets": [cfg.data.val]}]
+    cfg.data = ConfigDict(
+        cfg.data, val=[cfg.data.val, ConfigDict(type="ConcatDataset", datasets=[copy.deepcopy(cfg.data.val)])]
+    )
     first, second = _validated_as_trained(cfg)
     assert first.pipeline == second.datasets[0].pipeline == pipeline
 
