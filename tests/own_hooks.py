@@ -35,11 +35,15 @@ class Break(Hook):
 
 @HOOKS.register_module()
 class StopEarly(Hook):
-    """Ends a run with the epoch in hand, as a hook of patience would."""
+    """Ends a run after so many epochs or updates, as a hook of patience would."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    def __init__(self, epochs: int | None = None, updates: int | None = None) -> None:
+        self.epochs, self.updates = epochs, updates
 
     def after_train_epoch(self, runner: Any) -> None:
         if runner.epoch + 1 == self.epochs:
             runner._max_epochs = runner.epoch + 1
+
+    def after_train_iter(self, runner: Any) -> None:
+        if runner.iter + 1 == self.updates:
+            runner._max_iters = runner.iter + 1

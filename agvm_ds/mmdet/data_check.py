@@ -146,7 +146,7 @@ def check_on_hosts(
     return next((noted for _, _, noted in filter(None, everywhere)), [])
 
 
-def data_sets(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def data_sets(node: Any, where: str) -> Iterator[tuple[str, Any]]:
     """(keys, config) of each data set within wrappers (repeat, concat)."""
     if isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
