@@ -92,7 +92,7 @@ BEST: dict[str, tuple[str, dict[str, Any]]] = {
     "a key that is said to be less": ("miss", {"save_best": "miss", "less_keys": ["miss"], "greater_keys": ["mAP"]}),
 }
 WHEN: dict[str, dict[str, Any]] = {
-    "interval": {"interval": 2},
+    "interval, not at the end": {"interval": 4},
     "dynamic intervals": {"interval": 3, "dynamic_intervals": [(4, 1)]},
     "start": {"start": 2, "interval": 2},
     "before the first epoch": {"start": 0, "interval": 3},
