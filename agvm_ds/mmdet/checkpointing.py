@@ -25,7 +25,7 @@ from agvm_ds.checkpoints import (
 )
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import STATE_KEY
-from agvm_ds.mmdet.ema import ema_hooks, trained_weights
+from agvm_ds.mmdet.ema import ema_hooks
 from agvm_ds.mmdet.evaluate import broadcast_object
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state
@@ -130,9 +130,8 @@ class Checkpointing:
             return  # it is there already
         states: list[Any] = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(states, {"now": random_state(), "epoch_start": self._epoch_start})
-        with trained_weights(self._hooks):
-            state = {RUNNER_KEY: self._runner_state(states)}
-            self.vault.save(self.engine, tag, state, self.layout, state[RUNNER_KEY]["seed"], interim)
+        state = self._runner_state(states)
+        self.vault.save(self.engine, tag, {RUNNER_KEY: state}, self.layout, state["seed"], interim)
         self.vault.prune(self.saving.keep)
 
     def set_earlier_aside(self) -> None:
@@ -142,11 +141,13 @@ class Checkpointing:
 
     def _runner_state(self, states: list[Any]) -> dict[str, Any]:
         meta = plain(self.meta or {})
+        averages = [hook.averages() for hook in ema_hooks(self._hooks)]
         return {
             "random": states,
             "seed": meta.get("seed"),
             "hook_msgs": meta.get("hook_msgs", {}),
-            "averages": [hook.state() for hook in ema_hooks(self._hooks)],
+            # Under ZeRO-3 every rank writes its client_state: once is enough.
+            "averages": averages if self.rank == 0 else [{} for _ in averages],
             "position": list(self._position),
             **self._pace(),
         }
@@ -268,7 +269,7 @@ class Checkpointing:
             self.logger.warning("not kept: averaged weights: the checkpoint has %d sets of them, this run %d", *what)
             return
         for hook, saved in zip(hooks, averages, strict=True):
-            hook.load_state(saved, self.engine.device)
+            hook.take(self, saved)
 
     def _take_meta(self, state: Mapping[str, Any]) -> None:
         if self.meta is None:

@@ -12,6 +12,7 @@ from mmdet.datasets import build_dataloader, build_dataset, replace_ImageToTenso
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import blamed
+from agvm_ds.mmdet.data_check import data_sets
 from agvm_ds.mmdet.images import name_images
 from agvm_ds.mmdet.plan import Batch
 
@@ -79,7 +80,8 @@ def _built(data_cfg: Any, defaults: dict[str, Any] | None = None) -> Any:
 def _validated_as_trained(cfg: Config) -> Any:
     """``data.val`` with the training pipeline: a phase "val" computes losses."""
     validation = copy.deepcopy(cfg.data.val)
-    validation.pipeline = _pipeline_of(cfg.data.train)
+    for _, part in data_sets(validation, "data.val"):
+        part.pipeline = _pipeline_of(cfg.data.train)
     return validation
 
 
@@ -105,7 +107,7 @@ def test_loader(cfg: Config, split: str = "val") -> Any:
     options |= dict(cfg.data.get(f"{split}_dataloader", {}))
     data_cfg = cfg.data[split]
     if options["samples_per_gpu"] > 1:
-        for part in data_cfg if isinstance(data_cfg, (list, tuple)) else [data_cfg]:
+        for _, part in data_sets(data_cfg, split):
             part.pipeline = replace_ImageToTensor(part.pipeline)
     data = _built(data_cfg, {"test_mode": True})
     return build_dataloader(data, **options, dist=True, shuffle=False)

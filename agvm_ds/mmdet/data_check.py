@@ -96,7 +96,7 @@ def check_data(
     asked = metrics or cfg.get("evaluation", {}).get("metric", ())
     evaluated = [asked] if isinstance(asked, str) else list(asked)
     for split in splits:
-        for where, node in _data_sets(cfg.data.get(split), f"data.{split}"):
+        for where, node in data_sets(cfg.data.get(split), f"data.{split}"):
             try:
                 with blamed(where):
                     _check_data_set(checked, node, where, split == "train", evaluated, allow_others)
@@ -146,15 +146,15 @@ def check_on_hosts(
     return next((noted for _, _, noted in filter(None, everywhere)), [])
 
 
-def _data_sets(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def data_sets(node: Any, where: str) -> Iterator[tuple[str, Any]]:
     """(keys, config) of each data set within wrappers (repeat, concat)."""
     if isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
-            yield from _data_sets(item, f"{where}[{index}]")
+            yield from data_sets(item, f"{where}[{index}]")
     elif isinstance(node, Mapping):
         inner = [key for key in ("dataset", "datasets") if key in node]
         for key in inner:
-            yield from _data_sets(node[key], f"{where}.{key}")
+            yield from data_sets(node[key], f"{where}.{key}")
         if not inner:
             yield where, node
 

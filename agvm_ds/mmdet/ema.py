@@ -1,79 +1,104 @@
-"""mmcv's and mmdet's hooks of averaged weights (YOLOX has one), under DeepSpeed: the averages stay beside the model.
+"""mmcv's and mmdet's hooks of averaged weights (YOLOX has one), under DeepSpeed: each rank averages the fp32 weights it owns.
 
-They register each average as a buffer of the model, so that evaluated and published weights have twice the keys. Here the
-model stays as it is; between epochs it holds the averages, as there, and a DeepSpeed checkpoint always has the weights
-that are trained, with the averages in its client_state.
+The hooks swap the averages into the model between epochs. Here the model stays as it is trained, cut over the ranks or
+rounded; the averages lie beside the fp32 masters, an update costs no communication, and they are put together when they are
+evaluated, published or saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from deepspeed import comm
 from mmcv.runner import HOOKS
 from mmcv.runner.hooks import EMAHook
 from mmdet.core.hook import ExpMomentumEMAHook, LinearMomentumEMAHook
+
+from agvm_ds.mmdet.evaluate import broadcast_object
+from agvm_ds.mmdet.weights import StateDict
+from agvm_ds.shards import cut, gathered, shards_of
 
 EMA_HOOKS = ("EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")
 """mmcv's and mmdet's, by name; the one to use here has "Engine" before it."""
 
 
 class EngineEMA:
-    """Mixed in before one of these hooks; needs whole fp32 weights on every rank: ZeRO 0 to 2, no half precision."""
+    """Mixed in before one of these hooks: when and with what momentum is its rule, what is averaged is said here.
+
+    Its rule goes over ``model_parameters``: every flat buffer's fp32 masters, as far as this rank owns them, by the
+    buffer's index; and unless it skips them the detector's buffers (BatchNorm's statistics), by name.
+    """
 
     skip_buffers: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.in_use = False
+        """Between epochs: the averages are what is evaluated and published."""
         self.model_buffers: dict[str, torch.Tensor] = {}
+        """The averages: fp32, where the weights are, under the same keys."""
         self.param_ema_buffer: dict[str, str] = {}
-        self.averages_in_model = False
-        self._module: Any = None
 
     @property
-    def model_parameters(self) -> Mapping[str, torch.Tensor]:
-        """What is averaged: the model's own tensors."""
-        return dict(self._module.named_parameters()) if self.skip_buffers else self._module.state_dict()
+    def model_parameters(self) -> dict[str, torch.Tensor]:
+        """What is averaged."""
+        masters = {str(index): master for index, master in enumerate(self._shards.masters())}
+        return masters if self.skip_buffers else masters | self._buffers()
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        module = self._shards.engine.module
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
     def before_run(self, runner: Any) -> None:
-        """Begin with the model's weights, unless a resume has brought averages."""
-        self._module = runner.model.module
+        """Begin with the weights as they are, unless a resume has brought averages."""
         if not self.model_buffers:
-            self.model_buffers = {name: value.data.clone() for name, value in self.model_parameters.items()}
-        self.param_ema_buffer = {name: name for name in self.model_buffers}
+            self._start(runner)
+
+    def _start(self, runner: Any) -> None:
+        self._placed = runner.saving.placed
+        self._shards = shards_of(runner.engine, self._placed)  # type: ignore[arg-type]
+        self.model_buffers = {key: _fp32_copy(value) for key, value in self.model_parameters.items()}
+        self.param_ema_buffer = {key: key for key in self.model_buffers}
 
     def before_train_epoch(self, runner: Any) -> None:
-        """The weights to train come back."""
-        self._set_averages_in_model(False)
+        """What is saved within an epoch is published as it is trained."""
+        self.in_use = False
 
     def after_train_epoch(self, runner: Any) -> None:
         """The averages are evaluated and published."""
-        self._set_averages_in_model(True)
+        self.in_use = True
 
-    def _set_averages_in_model(self, wanted: bool) -> None:
-        if self.averages_in_model != wanted:
-            self._swap_ema_parameters()  # type: ignore[attr-defined]
-            self.averages_in_model = wanted
+    def averages(self) -> StateDict:
+        """All of them by parameter and buffer, whole, on the CPU; every rank must call it. Buffers' are rank 0's."""
+        owned, module = self._placed.owned, self._shards.engine.module
+        whole = {
+            id(item.parameter): flat.view(getattr(item.parameter, "ds_shape", item.parameter.shape)).cpu()
+            for item, flat in zip(owned, gathered(self._shards, self._owned()), strict=True)
+        }
+        named = module.named_parameters(remove_duplicate=False)
+        found = {name: whole[id(parameter)] for name, parameter in named if id(parameter) in whole}
+        for name in [] if self.skip_buffers else self._buffers():
+            comm.broadcast(self.model_buffers[name], src=0)
+            found[name] = self.model_buffers[name].to("cpu", copy=True)
+        return found
 
-    @contextmanager
-    def trained_weights(self) -> Iterator[None]:
-        """The model holds the weights that are trained."""
-        before = self.averages_in_model
-        self._set_averages_in_model(False)
-        try:
-            yield
-        finally:
-            self._set_averages_in_model(before)
+    def _owned(self) -> list[torch.Tensor]:
+        return [self.model_buffers[str(index)] for index in range(len(self._shards.masters()))]
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The averages, for a checkpoint; only within ``trained_weights``."""
-        return {name: value.detach().cpu().clone() for name, value in self.model_buffers.items()}
+    def take(self, runner: Any, averages: StateDict) -> None:
+        """Go on from a checkpoint's, which rank 0 has; every rank must call it. What is not among them begins anew."""
+        self._start(runner)
+        averages = broadcast_object(averages)
+        cut(self._shards, map(averages.get, self._placed.names), self._owned())
+        for name in self.model_buffers.keys() & averages.keys():
+            self.model_buffers[name].copy_(averages[name])
 
-    def load_state(self, state: Mapping[str, torch.Tensor], device: Any) -> None:
-        """Take a checkpoint's averages."""
-        self.model_buffers = {name: value.to(device) for name, value in state.items()}
+
+def _fp32_copy(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
 @HOOKS.register_module()
@@ -107,10 +132,14 @@ def ema_hooks(hooks: Iterable[Any]) -> list[EngineEMA]:
     return [hook for hook in hooks if isinstance(hook, EngineEMA)]
 
 
-@contextmanager
-def trained_weights(hooks: Iterable[Any]) -> Iterator[None]:
-    """The model holds the weights that are trained, whatever the runner's hooks have put there."""
-    with ExitStack() as stack:
-        for hook in ema_hooks(hooks):
-            stack.enter_context(hook.trained_weights())
-        yield
+def use_averages(weights: StateDict, hooks: Iterable[Any], unrounded: Mapping[str, torch.Tensor]) -> StateDict:
+    """What is evaluated and published: whole ``weights`` with the averages that are in use now in their place.
+
+    Every rank must call it. A buffer that no update has changed stays as it was before it was cast (``unrounded``).
+    """
+    for hook in ema_hooks(hooks):
+        averages = hook.averages() if hook.in_use else {}
+        for name, average in averages.items():
+            if name not in unrounded or not torch.equal(weights[name], unrounded[name]):
+                weights[name] = average
+    return weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -65,10 +66,16 @@ def metrics_of(data: Any, results: list[Any], options: Mapping[str, Any], logger
     # mmdet adds the figures once more as a text ("bbox_mAP_copypaste")
     numbers = {key: float(value) for key, value in found.items() if not isinstance(value, str)}
     wanted = options.get("metric", [])
-    for metric in [wanted] if isinstance(wanted, str) else wanted:
-        if metric in ("bbox", "segm") and not any(key.startswith(f"{metric}_") for key in numbers):
-            numbers[f"{metric}_mAP"] = numbers[f"{metric}_mAP_50"] = 0.0
+    for metric, prefix in product([wanted] if isinstance(wanted, str) else wanted, _prefixes(data)):
+        if metric in ("bbox", "segm") and not any(key.startswith(f"{prefix}{metric}_") for key in numbers):
+            numbers[f"{prefix}{metric}_mAP"] = numbers[f"{prefix}{metric}_mAP_50"] = 0.0
     return numbers
+
+
+def _prefixes(data: Any) -> list[str]:
+    """What mmdet puts before the metrics' names: the number of the set where several are evaluated one by one."""
+    sets = data.datasets if getattr(data, "separate_eval", False) else None
+    return [""] if sets is None else [f"{index}_" for index in range(len(sets))]
 
 
 def broadcast_object(value: Any) -> Any:

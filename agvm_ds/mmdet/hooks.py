@@ -12,6 +12,7 @@ from mmcv.runner.hooks import CheckpointHook
 from mmdet.core.evaluation.eval_hooks import DistEvalHook
 from torch import nn
 
+from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of
 from agvm_ds.mmdet.randomness import untouched_randomness
 from agvm_ds.mmdet.signals import StopAsked
@@ -102,6 +103,8 @@ class EngineEvalHook(DistEvalHook):
             return None
         if self.key_indicator == "auto":
             self._init_rule(self.rule, next(iter(metrics)))
+        if self.key_indicator not in metrics:
+            raise ConfigError(f"evaluation.save_best = {self.key_indicator!r}: the metrics are {', '.join(metrics)}")
         return metrics[self.key_indicator]
 
 

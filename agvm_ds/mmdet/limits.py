@@ -15,6 +15,7 @@ from agvm_ds.mmdet.plan import Plan
 RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}
 """Type -> the key that says how long it runs."""
 PHASES = ("train", "val")
+WITHOUT_EPOCHS = "an IterBasedRunner has no epochs, after which mmcv uses the averages: trained weights are published"
 
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
@@ -47,16 +48,16 @@ def _resume(cfg: Config) -> Iterator[str]:
 
 
 def _averages(cfg: Config, plan: Plan) -> Iterator[str]:
-    """The EMA hooks read and write whole fp32 weights."""
+    offload = (plan.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
     hooks = cfg.get("custom_hooks") or []
     for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
         kind: Any = hook.get("type") if isinstance(hook, dict) else None
         if kind in EMA_HOOKS and hook.get("resume_from"):
             yield f"custom hook {kind}: resume_from: --resume brings the averages back"
-        elif kind in EMA_HOOKS and plan.stage == 3:
-            yield f"custom hook {kind}: ZeRO-3 leaves no whole weights to average; use stage 0, 1 or 2"
-        elif kind in EMA_HOOKS and plan.half:
-            yield f"custom hook {kind}: would average weights rounded to {plan.half}; train in fp32"
+        elif kind in EMA_HOOKS and offload.get("device") == "nvme":
+            yield f"custom hook {kind}: offload_optimizer.device nvme leaves no fp32 weights in memory to average; use cpu"
+        elif kind in EMA_HOOKS and cfg.runner.get("type") == "IterBasedRunner":
+            plan.notes.append(f"custom hook {kind}: {WITHOUT_EPOCHS}")
 
 
 def _bad_updates(cfg: Config) -> Iterator[str]:

@@ -24,14 +24,19 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 
 @MODULE_WRAPPERS.register_module()
 class EngineModel(nn.Module):
-    """A DeepSpeed engine with the two methods that mmcv's runner calls; ``module`` is the detector."""
+    """A DeepSpeed engine with the two methods that mmcv's runner calls; ``module`` is the detector.
+
+    published: a plain detector for the whole weights that are evaluated and published; None where nothing is validated.
+    """
 
     engine: Any
+    published: Any
 
-    def __init__(self, engine: Any, watch: NumberWatch) -> None:
+    def __init__(self, engine: Any, watch: NumberWatch, published: nn.Module | None = None) -> None:
         super().__init__()
-        # Not a submodule: the runner and its hooks reach the parameters through ``module`` alone.
+        # Not submodules: the runner and its hooks reach the parameters through ``module`` alone.
         object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "published", published)
         self.module = engine.module
         self.watch = watch
         self.CLASSES = getattr(engine.module, "CLASSES", None)
@@ -59,7 +64,8 @@ class EngineModel(nn.Module):
     def _update(self, data: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         outputs = []
         for batch in data:
-            inputs, losses = self._forward(batch)
+            inputs = to_device(batch, self.engine.device)
+            losses = self.engine(return_loss=True, **inputs)
             loss, output = self._losses(inputs, losses)
             self.engine.backward(self.watch.checked(loss, output["log_vars"]["loss"], losses, inputs["img_metas"]))
             self.engine.step()
@@ -67,12 +73,12 @@ class EngineModel(nn.Module):
         return outputs
 
     def val_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
-        """The losses of each micro-batch."""
-        return _merge([self._losses(*self._forward(batch))[1] for batch in data])
-
-    def _forward(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        inputs = to_device(batch, self.engine.device)
-        return inputs, self.engine(return_loss=True, **inputs)
+        """The losses of each micro-batch, of ``published``."""
+        outputs = []
+        for batch in data:
+            inputs = to_device(batch, self.engine.device)
+            outputs.append(self._losses(inputs, self.published(return_loss=True, **inputs))[1])
+        return _merge(outputs)
 
     def _losses(self, inputs: Mapping[str, Any], losses: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         loss, log_vars = parse_losses(self.module, losses)

@@ -50,11 +50,6 @@ class Plan:
         kinds = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
         return next((kind for key, kind in kinds.items() if _enabled(self.deepspeed, key)), None)
 
-    @property
-    def stage(self) -> int:
-        """The ZeRO stage."""
-        return int((self.deepspeed.get("zero_optimization") or {}).get("stage", 0))
-
 
 def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scale_rate: bool = False) -> Plan:
     """Settle a DeepSpeed configuration and an mmdet config for this many ranks. Raises ConfigError.

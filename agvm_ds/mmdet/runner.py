@@ -12,6 +12,7 @@ from mmcv.runner import RUNNERS, EpochBasedRunner, IterBasedRunner
 
 from agvm_ds.mmdet.checkpointing import Checkpointing, Saving, plain
 from agvm_ds.mmdet.compat import repeat_mode_switch
+from agvm_ds.mmdet.ema import use_averages
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state, set_random_state
 from agvm_ds.mmdet.signals import Preempted, RankWatch
@@ -36,7 +37,17 @@ class EngineRunner(Checkpointing):
 
     def weights(self) -> StateDict:
         """What is evaluated and published; every rank must call it."""
-        return gather_weights(self.engine, self.saving.unrounded)
+        weights = gather_weights(self.engine, self.saving.unrounded)
+        return use_averages(weights, self._hooks, self.saving.unrounded)
+
+    def val(self, data_loader: Any, **kwargs: Any) -> None:
+        """A phase "val" of the workflow: losses of the weights that are evaluated and published."""
+        if self._validated != self._iter:
+            self.model.published.load_state_dict(self.weights())
+            self._validated = self._iter
+        super().val(data_loader, **kwargs)  # type: ignore[misc]
+
+    _validated: int | None = None
 
     def save_checkpoint(
         self,

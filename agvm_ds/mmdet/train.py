@@ -103,7 +103,8 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     engine, *_ = agvm_ds.initialize(
         model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
     )
-    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset))
+    published = plain_detector(cfg, engine.device) if "val" in splits_read(options, cfg) else None
+    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset), published)
     runner = make_runner(options, cfg, plan, model, seed, saving, watch)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
@@ -233,10 +234,10 @@ def make_runner(
 def add_evaluation(options: TrainOptions, cfg: Config, runner: Any) -> EngineEvalHook:
     """mmdet's evaluation, as the config's ``evaluation`` says."""
     settings = {**cfg.get("evaluation", {}), "by_epoch": cfg.runner.type != "IterBasedRunner"}
-    detector = plain_detector(cfg, runner.engine.device)
     loader = data.test_loader(cfg, "val")
     shield_workers(loader)
-    hook = EngineEvalHook(loader, **settings, detector=detector, engine=runner.engine)
+    with blamed("evaluation"):
+        hook = EngineEvalHook(loader, **settings, detector=runner.model.published, engine=runner.engine)
     runner.register_hook(hook, priority="LOW")
     return hook
 

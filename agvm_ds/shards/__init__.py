@@ -9,6 +9,7 @@ from agvm_ds.shards.base import Fragment, Piece, ShardError, Shards, chunk_of, i
 from agvm_ds.shards.partitioned import Bf16Gradients, PartitionedGradients
 from agvm_ds.shards.reduction import OwnerReduction
 from agvm_ds.shards.replicated import ReplicatedGradients
+from agvm_ds.shards.whole import cut, gathered
 from agvm_ds.shards.zero3 import PartitionedParameters
 
 STAGES: dict[int, type[Shards]] = {
@@ -26,6 +27,8 @@ __all__ = [
     "ShardError",
     "Shards",
     "chunk_of",
+    "cut",
+    "gathered",
     "in_chunks",
     "shards_of",
 ]

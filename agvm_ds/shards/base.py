@@ -147,6 +147,10 @@ class Shards(ABC):
         """For each buffer, fp32 zeros of the size of this rank's part of it, where its gradient is."""
 
     @abstractmethod
+    def masters(self) -> list[torch.Tensor]:
+        """For each buffer, this rank's part of the weights that the optimizer steps: flat, live, fp32 in every precision."""
+
+    @abstractmethod
     def state_key(self, piece: Piece) -> torch.Tensor:
         """The tensor by which the optimizer knows the part of the buffer that the piece is of."""
 
@@ -184,6 +188,9 @@ class FlatShards(Shards):
 
     def zeros(self) -> list[torch.Tensor]:
         return [torch.zeros(p.numel(), dtype=torch.float32, device=p.device) for p in self.partitions()]
+
+    def masters(self) -> list[torch.Tensor]:
+        return [partition.detach().view(-1) for partition in self.partitions()]
 
     def state_key(self, piece: Piece) -> torch.Tensor:
         return self.partitions()[piece.buffer]

@@ -45,16 +45,24 @@ class ReplicatedGradients(Shards):
         sizes = [p.numel() if self._is_mine(buffer) else 0 for buffer, p in enumerate(parameters)]
         return [torch.zeros(n, dtype=torch.float32, device=p.device) for n, p in zip(sizes, parameters, strict=True)]
 
+    def masters(self) -> list[torch.Tensor]:
+        found = []
+        for buffer, owned in enumerate(self.optimizer.owned):
+            master, start = self._master(buffer)
+            size = owned.parameter.numel() if self._is_mine(buffer) else 0
+            found.append(master.detach().reshape(-1)[start : start + size])
+        return found
+
     def state_key(self, piece: Piece) -> torch.Tensor:
-        return self._master(piece)[0]
+        return self._master(piece.buffer)[0]
 
     def second_moment(self, piece: Piece) -> torch.Tensor:
-        start = piece.start + self._master(piece)[1]
+        start = piece.start + self._master(piece.buffer)[1]
         return super().second_moment(Piece(piece.group, piece.module, piece.buffer, start, piece.gradient))
 
-    def _master(self, piece: Piece) -> tuple[torch.Tensor, int]:
+    def _master(self, buffer: int) -> tuple[torch.Tensor, int]:
         """What the optimizer steps in a parameter's place, and where the parameter begins in it."""
-        parameter = self.optimizer.owned[piece.buffer].parameter
+        parameter = self.optimizer.owned[buffer].parameter
         return self._masters.get(id(parameter), (parameter, 0))
 
     def set_clipping(self, max_norm: float) -> None:

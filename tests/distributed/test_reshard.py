@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +10,13 @@ import deepspeed
 import pytest
 import torch
 
-from agvm_ds import AGVM, param_groups
 from agvm_ds.checkpoints import Placed, Vault, WholeState, layout_of, load_into
-from tests.engines import OPTIONS, ds_config, identical, masters, started, update
+from tests.engines import identical, masters, update
 from tests.launch import run_ranks
-from tests.toy import Toy
+from tests.layouts import MODULES, Run
 
-N, SAVED, ALL = 6, 3, 6
-"""Micro-batches of an update, in every run; updates before the checkpoint, and altogether."""
-MODULES = ["backbone", "neck", "rpn_head", "roi_head"]
-
-
-EXTRAS: dict[str, dict[str, Any]] = {
-    "round robin": {"zero_optimization": {"round_robin_gradients": True}},
-    "aligned": {"zero_optimization": {"parameter_alignment": True}},
-    "sub-groups": {"zero_optimization": {"sub_group_size": 50}},
-    "offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
-    "fp32 accumulation": {"data_types": {"grad_accum_dtype": "fp32"}},
-}
-"""What changes the flat buffers, or where they are."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One layout."""
-
-    ranks: int
-    stage: int
-    base: str = "SGD"
-    bf16: bool = False
-    modules: tuple[str, ...] | None = None
-    agvm: bool = True
-    extra: str = ""
-    """One of EXTRAS."""
-
-    def __str__(self) -> str:
-        words = [f"{self.ranks} ranks", f"stage {self.stage}", self.base, "bf16" * self.bf16]
-        words.append(self.extra)
-        return " ".join(filter(None, [*words, "modules" * bool(self.modules), "" if self.agvm else "off"]))
-
-    @contextmanager
-    def start(self, seed: int = 0) -> Iterator[tuple[Any, Placed]]:
-        """Its engine, and its parameters."""
-        model = Toy(seed=seed)
-        groups = param_groups(model, list(self.modules) if self.modules else None)
-        placed = Placed.of(model, groups)
-        more = {"bf16": {"enabled": True}} if self.bf16 else {}
-        config = ds_config(self.stage, N // self.ranks, self.base, **more)
-        for key, value in EXTRAS.get(self.extra, {}).items():
-            config[key] = {**config[key], **value} if key in config and isinstance(value, dict) else value
-        if not self.agvm:
-            config["agvm"]["enabled"] = False
-        optimizer = AGVM(groups, base=getattr(torch.optim, self.base), **OPTIONS[self.base])
-        with started(config, model, optimizer=optimizer) as engine:
-            yield engine, placed
+SAVED, ALL = 3, 6
+"""Updates before the checkpoint, and altogether."""
 
 
 SOURCES = [

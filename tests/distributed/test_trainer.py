@@ -34,14 +34,8 @@ AVERAGES = 'custom_hooks.append(dict(type="ExpMomentumEMAHook", momentum=0.2, to
 
 def words(json_file: Path, work_dir: Path, digits: Path, *more: str) -> list[str]:
     """The command line after launch/train.py."""
-    averages = AVERAGES if "stage2" in work_dir.parent.name else ""  # ZeRO-3 has no whole weights to average
-    named = [
-        str(write_config(work_dir.parent, averages)),
-        "--deepspeed_config",
-        str(json_file),
-        "--work-dir",
-        str(work_dir),
-    ]
+    config = write_config(work_dir.parent, AVERAGES)
+    named = [str(config), "--deepspeed_config", str(json_file), "--work-dir", str(work_dir)]
     return [*named, "--seed", "0", *more, *cfg_options({**data_options(digits), **OPTIONS})]
 
 

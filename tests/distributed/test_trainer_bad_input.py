@@ -15,7 +15,6 @@ from agvm_ds.demo.data import ensure
 from tests.trainer import cfg_options, data_options, launch, write_config, write_json
 
 AGVM = {"precondition": "none"}
-EMA = 'custom_hooks = [dict(type="ExpMomentumEMAHook")]'
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,6 @@ MISTAKES = {
     "foreign weights": Mistake(
         "none of its weights has a place in the detector", options={"load_from": "{place}/foreign.pth"}, prepare=foreign
     ),
-    "averages under ZeRO-3": Mistake("ZeRO-3 leaves no whole weights", {"zero_optimization": {"stage": 3}}, config=EMA),
     "pretrained": Mistake(
         "hub/checkpoints/weights.pth on every host",
         config='model["backbone"]["init_cfg"] = dict(type="Pretrained", checkpoint="http://127.0.0.1:9/weights.pth")',

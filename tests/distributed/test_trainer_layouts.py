@@ -24,6 +24,8 @@ OPTIONS = {
 }
 RATE = 6e-3
 """The demo config's."""
+AVERAGES = 'custom_hooks.append(dict(type="EMAHook", momentum=0.1, warm_up=1, priority=49))\n'
+"""What is published are averages: the end of a run tells whether they went on."""
 EPOCH, MEASURES = 6, [2, 4, 6, 8, 10]
 
 
@@ -40,7 +42,7 @@ class Runs:
 
     def go(self, work: Path, settings: dict[str, Any], *more: str, ranks: int = 2, change: str = "") -> Outcome:
         place = work.parent / f"{work.name}_in"
-        named = [str(write_config(place, change)), "--deepspeed_config", str(write_json(place, settings))]
+        named = [str(write_config(place, AVERAGES + change)), "--deepspeed_config", str(write_json(place, settings))]
         words = [*named, "--work-dir", str(work), "--seed", "0", *more]
         return launch("train.py", [*words, *cfg_options({**data_options(self.digits), **OPTIONS})], place, ranks)
 

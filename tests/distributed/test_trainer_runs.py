@@ -280,7 +280,9 @@ def test_a_resume_that_does_not_fit_is_refused(
 
 
 ITERATIONS = """
-runner = dict(type="IterBasedRunner", max_iters=5)
+runner = dict(type="IterBasedRunner", max_iters=9)
+custom_imports = dict(imports=["tests.own_hooks"])
+custom_hooks = [dict(type="StopEarly", updates=5)]
 checkpoint_config = dict(interval=2)
 evaluation = dict(interval=3, metric="bbox")
 lr_config = dict(policy="step", step=[4], warmup="linear", warmup_iters=2)
@@ -290,6 +292,7 @@ lr_config = dict(policy="step", step=[4], warmup="linear", warmup_iters=2)
 def test_an_iteration_based_run_saves_evaluates_and_resumes(digits: Path, tmp_path: Path) -> None:
     """The second run is the rest of the first, with no validation: the data, which have no end, go on where they were.
 
+    A hook ends both early, and the last update is evaluated and saved as such.
     With a worker process, whose own random state mmdet begins anew: so with no random transforms.
     """
     settings = {

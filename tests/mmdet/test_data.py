@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mmcv import ConfigDict
 from mmdet.core.hook import YOLOXModeSwitchHook
 from mmdet.datasets import build_dataloader
 from torch.utils.data import DataLoader
@@ -16,6 +19,7 @@ from agvm_ds.mmdet import data
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.data import UpdateLoader, _validated_as_trained, check_size
 from agvm_ds.mmdet.plan import Batch
+from tests.mmdet import coco
 
 
 class Numbers:
@@ -113,3 +117,17 @@ def test_a_val_phase_finds_the_training_pipeline_within_wrappers() -> None:
     ]
     assert _validated_as_trained(cfg).pipeline == pipeline
     assert cfg.data.val.pipeline != pipeline
+    cfg.data = ConfigDict(
+        cfg.data, val=[cfg.data.val, ConfigDict(type="ConcatDataset", datasets=[copy.deepcopy(cfg.data.val)])]
+    )
+    first, second = _validated_as_trained(cfg)
+    assert first.pipeline == second.datasets[0].pipeline == pipeline
+
+
+def test_sets_that_mmdet_cannot_evaluate_together_are_refused(tmp_path: Path) -> None:
+    """Its NotImplementedError once ended a run with a traceback."""
+    cfg = read_config(None)
+    one = {**cfg.data.val, "ann_file": str(coco.write(tmp_path) / "val.json"), "classes": coco.CLASSES}
+    cfg.data.val = {"type": "ConcatDataset", "datasets": [one, one], "separate_eval": False}
+    with pytest.raises(ConfigError, match="data: cannot be built: NotImplementedError: Evaluating concatenated"):
+        data.test_loader(cfg)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from mmcv.parallel import DataContainer
 from mmdet.core.hook import CheckInvalidLossHook
+from torch import nn
 
+from agvm_ds.mmdet import model
 from agvm_ds.mmdet.model import _merge, to_device
 
 
@@ -34,6 +37,27 @@ def test_the_hook_that_checks_losses_finds_one() -> None:
     Runner.outputs = _merge([output(1.0, 4), output(float("nan"), 4)])
     with pytest.raises(AssertionError):
         CheckInvalidLossHook(1).after_train_iter(Runner())
+
+
+class Doubled(nn.Module):
+    """A detector whose loss tells its weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, img: torch.Tensor, img_metas: Any, return_loss: bool) -> dict[str, torch.Tensor]:
+        return {"loss": 2 * img.mean() * self.weight}
+
+
+def test_a_val_phase_has_the_losses_of_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the engine's weights, which are cut, rounded, and no averages."""
+    found = lambda _, losses: (losses["loss"], {"loss": float(losses["loss"])})  # noqa: E731
+    monkeypatch.setattr(model, "parse_losses", found)
+    engine: Any = SimpleNamespace(module=Doubled(1.0), device="cpu")
+    batch = {"img": DataContainer([torch.full((2, 1), 3.0)]), "img_metas": DataContainer([[{}, {}]], cpu_only=True)}
+    step = model.EngineModel(engine, None, Doubled(5.0)).val_step([batch, batch])  # type: ignore[arg-type]
+    assert (step["log_vars"], step["num_samples"]) == ({"loss": 30.0}, 4)
 
 
 def test_a_batch_is_opened_for_the_cpu_without_a_copy() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 from mmcv import Config, ConfigDict
+from mmdet.apis.train import auto_scale_lr
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import read_config
@@ -89,6 +91,19 @@ def test_the_rate_is_scaled_to_the_global_batch_once(asked: bool, enabled: bool)
     assert "auto_scale_lr: lr = 0.02 x batch 16 / 64 = 0.005" in plan.notes
 
 
+@pytest.mark.parametrize("base", [8, 16, 64])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_rate_is_mmdets_own_with_one_accumulation_step(base: int, enabled: bool) -> None:
+    """With more, an update has more images than mmdet counts."""
+    change = {"auto_scale_lr": ConfigDict(enable=enabled, base_batch_size=base), "optimizer.lr": 0.02}
+    plan, cfg = planned({"train_micro_batch_size_per_gpu": 8}, change)
+    plain = read_config(None, {**change, "data.samples_per_gpu": 8})
+    plain.gpu_ids = range(2)
+    auto_scale_lr(plain, False, logging.getLogger("tests"))
+    assert plan.batch.accumulation == 1
+    assert cfg.optimizer.lr == plain.optimizer.lr == 0.02 * (16 / base if enabled else 1)
+
+
 def test_the_rate_is_not_scaled_unless_asked_or_when_the_json_has_it() -> None:
     change = {"auto_scale_lr": ConfigDict(enable=False, base_batch_size=64), "optimizer.lr": 0.02}
     assert planned({}, change)[1].optimizer.lr == 0.02
@@ -106,15 +121,10 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "runner": ({}, {"runner.type": "DynamicIterBasedRunner"}, "runner.type = 'DynamicIterBasedRunner': allowed:"),
     "workflow": ({}, {"workflow": [("val", 1)]}, "its phases must be 'train'"),
     "resume_from": ({}, {"resume_from": "epoch_1.pth"}, "resume_from = 'epoch_1.pth': a .pth has no optimizer state"),
-    "EMA stage 3": (
-        {"zero_optimization": {"stage": 3}},
-        {"custom_hooks": [{"type": "ExpMomentumEMAHook"}]},
-        "ExpMomentumEMAHook: ZeRO-3 leaves no whole weights",
-    ),
-    "EMA bf16": (
-        {"bf16": {"enabled": True}},
+    "EMA on disk": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         {"custom_hooks": [{"type": "EMAHook"}]},
-        "EMAHook: would average weights rounded",
+        "EMAHook: offload_optimizer.device nvme leaves no fp32 weights in memory",
     ),
     "EMA resume": (
         {},
@@ -134,12 +144,18 @@ def test_what_cannot_be_done_is_refused_with_the_reason(name: str) -> None:
 
 
 def test_what_can_be_done_is_not_refused() -> None:
-    plan, cfg = planned(
-        {"zero_optimization": {"stage": 1}}, {"custom_hooks": [{"type": "EMAHook"}], "auto_resume": True}
-    )
+    settings = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    plan, cfg = planned(settings, {"custom_hooks": [{"type": "EMAHook"}], "auto_resume": True})
     refuse_unsupported(cfg, plan)
-    assert plan.stage == 1
     assert any("auto_resume is set aside" in note for note in plan.notes)
+    assert not any("EMAHook" in note for note in plan.notes)
+
+
+def test_averages_without_epochs_are_noted() -> None:
+    runner = {"type": "IterBasedRunner", "max_iters": 5}
+    plan, cfg = planned({}, {"custom_hooks": [{"type": "EMAHook"}], "runner": runner})
+    refuse_unsupported(cfg, plan)
+    assert any(note.startswith("custom hook EMAHook: an IterBasedRunner has no epochs") for note in plan.notes)
 
 
 def test_data_root_on_the_command_line_moves_the_data(tmp_path: Any) -> None:

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from agvm_ds.mmdet.randomness import random_state, set_random_state
-from agvm_ds.mmdet.runner import EpochBasedEngineRunner
+from agvm_ds.mmdet.runner import EngineRunner, EpochBasedEngineRunner
 
 
 class Shuffled:
@@ -41,3 +43,29 @@ def test_an_epoch_whose_updates_are_all_done_reads_nothing() -> None:
     before = random_state()
     assert updates(10, None) == []
     assert random_state()["numpy"] == before["numpy"]
+
+
+class Validated:
+    """mmcv's half of a runner: what a phase "val" finds in the published detector."""
+
+    def val(self: Any, data_loader: Any) -> None:
+        self.found.append(self.model.published.weight.item())
+
+
+class Runner(EngineRunner, Validated):  # type: ignore[misc]
+    """Without an engine; its weight is the count of gatherings."""
+
+    def __init__(self) -> None:
+        self.model, self._iter, self.found, self.gathered = SimpleNamespace(published=nn.Linear(1, 1, False)), 0, [], 0
+
+    def weights(self) -> Any:
+        self.gathered += 1
+        return {"weight": torch.full((1, 1), float(self.gathered))}
+
+
+def test_weights_are_gathered_once_for_a_val_phase() -> None:
+    """An iteration-based run comes by once a validation batch."""
+    runner = Runner()
+    for runner._iter in (0, 0, 3, 3):
+        runner.val(None)
+    assert runner.found == [1.0, 1.0, 2.0, 2.0]
