@@ -120,6 +120,19 @@ class Vault:
             ages[path.parent.name] = found.update, not found.interim, path.parent.name
         return sorted(ages, key=ages.__getitem__, reverse=True)
 
+    def damage(self, tag: str) -> list[str]:
+        """What is wrong with a checkpoint's files, for one process that reads them all; empty when it is whole."""
+        try:
+            manifest = self.manifest(tag)
+        except CheckpointError as error:
+            return [str(error)]
+        if manifest is None:
+            return [f"{self.folder / tag / MANIFEST}: missing"]
+        found: dict[str, list[str | None]] = {}
+        for file in manifest.files:  # hosts with folders of their own may each have written one of the same name
+            found.setdefault(file.name, []).append(file.problem(self.folder / tag))
+        return [problems[0] for problems in found.values() if problems[0] and None not in problems]
+
     # What all ranks do together
 
     def save(

@@ -35,6 +35,10 @@ STATE_DIR = "deepspeed"
 """Folder of the DeepSpeed checkpoints in a work dir."""
 RUNNER_KEY = "runner"
 """Where the runner's own state is in a checkpoint's client_state."""
+AVERAGES_PUBLISHED = "averages_published"
+"""In it: for each EMA hook, whether its averages were what was evaluated and published at that moment."""
+UNROUNDED = "unrounded"
+"""In it: what half precision has rounded and nothing has trained, as it was before (see keep_unrounded)."""
 
 
 def refuse_nothing_to_resume(work_dir: Path) -> None:
@@ -130,8 +134,9 @@ class Checkpointing:
             return  # it is there already
         states: list[Any] = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(states, {"now": random_state(), "epoch_start": self._epoch_start})
+        published = [hook.averages_in_model for hook in ema_hooks(self._hooks)]
         with trained_weights(self._hooks):
-            state = {RUNNER_KEY: self._runner_state(states)}
+            state = {RUNNER_KEY: self._runner_state(states, published)}
             self.vault.save(self.engine, tag, state, self.layout, state[RUNNER_KEY]["seed"], interim)
         self.vault.prune(self.saving.keep)
 
@@ -140,13 +145,17 @@ class Checkpointing:
         if aside := self.vault.set_aside():
             self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
 
-    def _runner_state(self, states: list[Any]) -> dict[str, Any]:
+    def _runner_state(self, states: list[Any], published: list[bool]) -> dict[str, Any]:
         meta = plain(self.meta or {})
+        # In ZeRO-3 every rank writes its client_state; one of them is enough.
+        writes_unrounded = self.rank == 0 or not self.engine.zero_optimization_partition_weights()
         return {
             "random": states,
             "seed": meta.get("seed"),
             "hook_msgs": meta.get("hook_msgs", {}),
             "averages": [hook.state() for hook in ema_hooks(self._hooks)],
+            AVERAGES_PUBLISHED: published,
+            UNROUNDED: self.saving.unrounded if writes_unrounded else {},
             "position": list(self._position),
             **self._pace(),
         }
@@ -170,6 +179,7 @@ class Checkpointing:
         self._resumed_from = tag, self._iter
         self._take_meta(state)
         self._take_averages(state["averages"])
+        self.saving.unrounded.update(broadcast_object(state.get(UNROUNDED, {})))
         mine = None
         if len(state["random"]) == comm.get_world_size():
             mine = state["random"][self.rank]

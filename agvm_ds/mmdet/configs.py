@@ -84,6 +84,11 @@ def config_path(name: str | None) -> Path:
     raise ConfigError(f"config not found: {name} is neither a file nor the name of a config that mmdet ships{hint}")
 
 
+def is_demo(name: str | None) -> bool:
+    """Whether a config is one of those of the built-in data."""
+    return config_path(name).resolve().parent == DEMO_CONFIG.resolve().parent
+
+
 def shipped_configs() -> dict[str, Path]:
     """ "folder/name" -> file, for every config that the installed mmdet ships."""
     package = Path(mmdet.__file__).parent

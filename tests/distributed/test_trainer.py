@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
+from agvm_ds.mmdet.saved import read_published
 from tests.launch import launch_port
 from tests.trainer import ROOT, cfg_options, data_options, launch, write_config, write_json
 
@@ -86,6 +87,15 @@ def test_the_work_dir_is_complete(work_dir: Path) -> None:
     }
     assert [json.loads(line)["update"] for line in (work_dir / "agvm.jsonl").read_text().splitlines()] == [2, 4]
     assert (work_dir / "deepspeed" / "latest").read_text() == "epoch_2"
+
+
+def test_a_checkpoint_read_without_ranks_is_what_was_published(work_dir: Path) -> None:
+    """In stage 2 that is the average of the weights, not those that are trained."""
+    for tag in ("epoch_1", "epoch_2"):
+        published = torch.load(work_dir / f"{tag}.pth", weights_only=True)["state_dict"]
+        found = read_published(work_dir / "deepspeed" / tag).weights
+        assert published.keys() == found.keys()
+        assert [name for name in found if not torch.equal(found[name], published[name])] == []
 
 
 def test_plain_mmdet_loads_what_is_published(work_dir: Path) -> None:
