@@ -21,7 +21,7 @@ from mmdet.datasets import CocoDataset, LVISV05Dataset, LVISV1Dataset
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.annotations import Use, check_annotations
 from agvm_ds.mmdet.configs import blamed
-from agvm_ds.mmdet.data_sets import data_sets, kind_of
+from agvm_ds.mmdet.data_sets import data_sets, kind_of, missing_packages
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.findings import Report
 from agvm_ds.mmdet.images import Image, check_files
@@ -109,7 +109,7 @@ def _check_data_set(
     checked: Checked, node: Mapping[str, Any], where: str, trained: bool, metrics: Sequence[str], allow_others: bool
 ) -> None:
     """Look through one data set of a config; a file that several share in the same way, once."""
-    missing = list(_missing(node, where))
+    missing = [*missing_packages(node, where), *_missing(node, where)]
     checked.problems += [*missing, *(() if trained else unknown_metrics(node, metrics))]
     for source in [] if missing else _sources(node, where, trained, metrics, allow_others):
         same = next((known for known in checked.sources if known.key == source.key), None)
