@@ -20,7 +20,7 @@ from torch import nn
 import agvm_ds
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.checkpointing import plain
-from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.configs import blamed, read_config
 from agvm_ds.mmdet.data_sets import data_sets, kind_of
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import plain_detector
@@ -77,13 +77,15 @@ def load(detector: nn.Module, options: ExportOptions) -> dict[str, Any]:
 
 
 def names_of(cfg: Config) -> dict[str, Any]:
-    """CLASSES of the config's data, and PALETTE if their kind has one that is long enough."""
-    for _, node in data_sets(cfg.data.get("test"), "data.test"):
+    """CLASSES of the (first) data set to test, and PALETTE if its kind has one that is long enough."""
+    where, node = next(data_sets(cfg.data.get("test"), "data.test"), ("", {}))
+    if not node:
+        return {}
+    with blamed(where):
         kind = kind_of(node)
         classes = kind.get_classes(node.get("classes"))
-        palette = getattr(kind, "PALETTE", None) or ()
-        return {"CLASSES": classes, **({"PALETTE": palette[: len(classes)]} if len(palette) >= len(classes) else {})}
-    return {}
+    palette = getattr(kind, "PALETTE", None) or ()
+    return {"CLASSES": classes, **({"PALETTE": palette[: len(classes)]} if len(palette) >= len(classes) else {})}
 
 
 def versions() -> dict[str, str]:

@@ -54,7 +54,7 @@ def _find(place: Path) -> tuple[Vault, str]:
         )
     if not (place / tag).is_dir():
         others = ", ".join(vault.by_age()) or "none"
-        raise CheckpointError(f"{place}/latest names {tag}, which is not there; whole ones: {others}")
+        raise CheckpointError(f"{place}/latest names {tag}, which is not there; there are: {others}")
     return vault, tag
 
 
