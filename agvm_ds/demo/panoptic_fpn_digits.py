@@ -63,4 +63,4 @@ data = dict(
     ),
 )
 evaluation = dict(metric=["PQ"])
-custom_hooks = []  # NumClassCheckHook would count the photograph among the box head's classes
+custom_hooks = None  # NumClassCheckHook would count the photograph among the box head's classes

@@ -16,7 +16,7 @@ SETTINGS = {
     "zero_optimization": {"stage": 2},
     "agvm": {"precondition": "none", "interval": 8},
 }
-OPTIONS = {"runner.max_epochs": 48, "lr_config.warmup_iters": 8, "evaluation.interval": 100, "log_config.interval": 10}
+OPTIONS = {"runner.max_epochs": 60, "lr_config.warmup_iters": 8, "evaluation.interval": 100, "log_config.interval": 10}
 
 
 def trained(name: str, digits: Path, place: Path) -> list[str]:
@@ -28,7 +28,7 @@ def trained(name: str, digits: Path, place: Path) -> list[str]:
         "data.train.img_prefix": digits / "val",
     }
     if prefix(name):
-        own["data.train.seg_prefix"] = digits / "panoptic_val"
+        own |= {"data.train.seg_prefix": digits / "panoptic_val", "model.test_cfg.panoptic.score_thr": 0.3}
     options = cfg_options({"data_root": f"{digits}/", **OPTIONS, **own})
     words = [str(config), "--deepspeed_config", str(write_json(place, SETTINGS)), "--work-dir", str(place / "work")]
     outcome = launch("train.py", [*words, "--seed", "0", *options], place)

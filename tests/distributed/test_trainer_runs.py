@@ -71,7 +71,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "zero1_bf16": {"zero_optimization": {"stage": 1}, "bfloat16": {"enabled": True}},
     "zero3_bf16": {"zero_optimization": {"stage": 3}, "bfloat16": {"enabled": True}},
 }
-MORE = ("zero0_bf16", "zero1_bf16")
+MORE = ("zero0_bf16", "zero1_bf16", "zero3_bf16")
 
 
 @pytest.fixture(
@@ -100,6 +100,22 @@ def test_what_is_frozen_is_published_as_it_was_and_the_rest_is_trained(continued
     trained = [value for name, value in after.items() if name.startswith("rpn_head")]
     assert not any(name.startswith("rpn_head") for name in same)
     assert not all(torch.equal(value, value.bfloat16().float()) for value in trained)  # the fp32 masters
+
+
+@pytest.mark.extended
+def test_what_is_frozen_stays_unrounded_in_a_resumed_run(learned: Path, digits: Path, tmp_path: Path) -> None:
+    """Though --load-from is left out: the checkpoint has it."""
+    settings = {"train_batch_size": 16, "agvm": {"precondition": "none"}, **PRECISIONS["zero3_bf16"]}
+    options = {**AFTER, "model.backbone.frozen_stages": 1}
+    run(tmp_path, digits, settings, options, "--load-from", str(learned))
+    work = run(tmp_path, digits, settings, {**options, "runner.max_epochs": 2}, "--resume")
+    before = torch.load(learned, weights_only=True)["state_dict"]["backbone.conv1.weight"]
+    assert not torch.equal(before, before.bfloat16().float())
+    for file in ("epoch_1.pth", "epoch_2.pth"):
+        assert torch.equal(torch.load(work / file, weights_only=True)["state_dict"]["backbone.conv1.weight"], before)
+    assert_equal_weights(
+        torch.load(work / "epoch_2.pth", weights_only=True)["state_dict"], read_published(work / "deepspeed").weights
+    )
 
 
 def test_the_deepspeed_checkpoint_has_what_was_published(continued: Path) -> None:
