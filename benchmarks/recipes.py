@@ -192,7 +192,9 @@ def _row(recipe: Recipe, folder: Path, data: Path) -> str:
 
 def told(output: str) -> str:
     """The lines of a launch that failed that say why, as near as can be: its own message, or the last of a traceback."""
-    found = re.findall(r"^error: .*(?:\n  .*)*", output, re.MULTILINE) or re.findall(r"^\w*Error: .*", output, re.MULTILINE)
+    found = re.findall(r"^error: .*(?:\n  .*)*", output, re.MULTILINE) or re.findall(
+        r"^\w*Error: .*", output, re.MULTILINE
+    )
     return " ".join((found[-1] if found else output[-200:]).split()) or "no output"
 
 

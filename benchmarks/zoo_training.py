@@ -104,7 +104,7 @@ def without_weights(node: Any) -> Any:
     if isinstance(node, Mapping):
         read = node.get("init_cfg")
         gone = {"pretrained"} | ({"init_cfg"} if isinstance(read, Mapping) and "checkpoint" in read else set())
-        return type(node)({key: without_weights(value) for key, value in node.items() if key not in gone})
+        return {key: without_weights(value) for key, value in node.items() if key not in gone}
     return type(node)(map(without_weights, node)) if isinstance(node, (list, tuple)) else node
 
 

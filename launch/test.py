@@ -1,8 +1,12 @@
-"""Evaluate a checkpoint over all ranks: deepspeed launch/test.py CONFIG CHECKPOINT"""
+"""Evaluate a checkpoint over all ranks: deepspeed launch/test.py CONFIG CHECKPOINT
+
+CHECKPOINT is a .pth, or a DeepSpeed checkpoint of launch/train.py, of any ZeRO stage and number of ranks.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,27 +19,32 @@ from agvm_ds.mmdet.test import TestOptions, test
 def main() -> None:
     """Parse, evaluate, print the metrics on rank 0."""
     parser = Parser(description=__doc__)
-    parser.add_argument("config", help="an mmdet config file, or the name of one that mmdet ships")
-    parser.add_argument("checkpoint", help="a .pth, a file or a URL")
-    parser.add_argument("--trust-checkpoint", action="store_true", help="as in launch/train.py")
-    parser.add_argument("--out", help="write the raw results to this pickle file")
-    parser.add_argument(
-        "--eval", nargs="+", default=[], metavar="METRIC", help="default: the config's evaluation.metric"
+    add = parser.add_argument
+    add("config", help="an mmdet config file, or the name of one that mmdet ships")
+    add("checkpoint", help="a .pth (a file or a URL), WORK_DIR/deepspeed, or a folder in it")
+    add("--trust-checkpoint", action="store_true", help="as in launch/train.py")
+    measures = parser.add_mutually_exclusive_group()
+    measures.add_argument(
+        "--eval",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        dest="metrics",
+        help="bbox, segm, proposal, PQ, or what else the data set measures (default: the config's evaluation.metric)",
     )
-    parser.add_argument("--allow-other-categories", action="store_true", help="as in launch/train.py")
+    measures.add_argument(
+        "--format-only", type=Path, metavar="PREFIX", help="no metrics; the data set's own result files, PREFIX.*"
+    )
+    add("--out", type=Path, metavar="X.pkl", help="write the raw results, a pickle")
+    add("--json", type=Path, metavar="X.json", help="write the metrics")
+    add("--show-dir", type=Path, metavar="DIR", help="draw the results into their images, a file each")
+    add("--show-score-thr", type=float, default=0.3, metavar="T", help="lowest score drawn (default %(default)s)")
+    add("--allow-other-categories", action="store_true", help="as in launch/train.py")
     parser.add_common()
-    args = parser.parse_args()
-    options = TestOptions(
-        config=args.config,
-        checkpoint=args.checkpoint,
-        trust_checkpoint=args.trust_checkpoint,
-        out=args.out,
-        metrics=tuple(args.eval),
-        allow_other_categories=args.allow_other_categories,
-        cfg_options=args.cfg_options,
-    )
-    metrics = test(options)
-    if os.environ.get("RANK", "0") == "0":
+    options = vars(parser.parse_args())
+    options.pop("local_rank")
+    metrics = test(TestOptions(**{**options, "metrics": tuple(options["metrics"])}))
+    if metrics and os.environ.get("RANK", "0") == "0":
         table = Table("metric", "value")
         for name, value in metrics.items():
             table.add_row(name, str(value))

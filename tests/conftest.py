@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import tests.standins  # noqa: F401
 from tests.faults.table import show
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

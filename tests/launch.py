@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.preload"])
+CONTEXT.set_forkserver_preload(["tests.standins", "tests.preload"])
 
 
 class RankFailure(AssertionError):

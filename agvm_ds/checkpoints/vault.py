@@ -120,6 +120,22 @@ class Vault:
             ages[path.parent.name] = found.update, not found.interim, path.parent.name
         return sorted(ages, key=ages.__getitem__, reverse=True)
 
+    def damage(self, tag: str) -> list[str]:
+        """What is wrong with a checkpoint's files, for one process that reads them all; empty when it is whole."""
+        files, problems = self._files(tag)
+        found: dict[str, list[str | None]] = {}
+        for file in files:  # hosts with folders of their own may each have written one of the same name
+            found.setdefault(file.name, []).append(file.problem(self.folder / tag))
+        return problems + [told[0] for told in found.values() if told[0] and None not in told]
+
+    def _files(self, tag: str) -> tuple[list[File], list[str]]:
+        """(what a checkpoint consists of, what is wrong with its manifest)."""
+        try:
+            manifest = self.manifest(tag)
+        except CheckpointError as error:
+            return [], [str(error)]
+        return (manifest.files, []) if manifest else ([], [f"{self.folder / tag / MANIFEST}: missing"])
+
     # What all ranks do together
 
     def save(
@@ -157,14 +173,9 @@ class Vault:
         return list(dict.fromkeys(_union(self._own_problems(tag))))
 
     def _own_problems(self, tag: str) -> list[str]:
-        try:
-            manifest = self.manifest(tag)
-        except CheckpointError as error:
-            return [str(error)]
-        if manifest is None:
-            return [f"{self.folder / tag / MANIFEST}: missing"]
-        mine = [f for f in manifest.files if f.rank % comm.get_world_size() == comm.get_rank()]
-        return [problem for f in mine if (problem := f.problem(self.folder / tag))]
+        files, problems = self._files(tag)
+        mine = [file for file in files if file.rank % comm.get_world_size() == comm.get_rank()]
+        return problems + [problem for file in mine if (problem := file.problem(self.folder / tag))]
 
     def elsewhere(self, tag: str) -> list[str]:
         """Files of a checkpoint that some rank does not find in its folder."""

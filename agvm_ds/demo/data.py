@@ -4,6 +4,10 @@
     ROOT/val/000001.png ...
     ROOT/annotations/train.json   COCO: images, annotations (bbox, polygons, area), categories "0" to "9"
     ROOT/annotations/val.json
+    ROOT/panoptic_train/000001.png ...    COCO's panoptic format, see agvm_ds.demo.panoptic
+    ROOT/panoptic_val/000001.png ...
+    ROOT/annotations/panoptic_train.json
+    ROOT/annotations/panoptic_val.json
     ROOT/dataset.json             the settings it was made with; a folder without it was not made here
 
 Glyphs and photographs come with scikit-learn. Train and val share no glyph and no pixel of a photograph. The same
@@ -29,11 +33,16 @@ import numpy as np
 from PIL import Image
 
 from agvm_ds.demo.painting import SIZE, Sources, load_sources, paint
+from agvm_ds.demo.panoptic import id_image, segments_info
 
 CLASSES = tuple("0123456789")
+STUFF = "photograph"
+STUFF_ID = len(CLASSES) + 1
+"""Its category's id in the panoptic files."""
 SPLITS = ("train", "val")
 MANIFEST = "dataset.json"
-FORMAT = {"format": "agvm_ds digits", "version": 1}
+FORMAT = {"format": "agvm_ds digits", "version": 2}
+"""Of version 1 is a data set without panoptic annotations."""
 STALE_SECONDS = 3600
 """Age at which a draft folder is taken for one that a killed run left behind."""
 
@@ -76,10 +85,16 @@ def _is_complete(root: Path, manifest: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         return False
     return same and all(
-        (root / "annotations" / f"{split}.json").is_file()
-        and sum(1 for _ in (root / split).glob("*.png")) == manifest[split]
+        (root / "annotations" / f"{name}.json").is_file()
+        and sum(1 for _ in (root / name).glob("*.png")) == manifest[split]
         for split in SPLITS
+        for name in (split, panoptic(split))
     )
+
+
+def panoptic(split: str) -> str:
+    """What the folder and the file of a split's panoptic annotations are called."""
+    return f"panoptic_{split}"
 
 
 def _refuse_other(root: Path) -> None:
@@ -87,7 +102,10 @@ def _refuse_other(root: Path) -> None:
         return
     held = "something else"
     if (root / MANIFEST).is_file():
-        held = f"another or a damaged data set, {' '.join((root / MANIFEST).read_text().split())}"
+        text = (root / MANIFEST).read_text()
+        older = f'"format": "{FORMAT["format"]}"' in text and f'"version": {FORMAT["version"]}' not in text
+        kind = "a data set of another version of agvm_ds" if older else "another or a damaged data set"
+        held = f"{kind}, {' '.join(text.split())}"
     raise FileExistsError(f"{root} holds {held}: remove it or choose another folder")
 
 
@@ -117,30 +135,38 @@ def _write(folder: Path, manifest: dict[str, Any], advance: Callable[[], None]) 
     sources = load_sources(manifest["seed"])
     (folder / "annotations").mkdir(parents=True)
     for split in SPLITS:
-        (folder / split).mkdir()
-        coco = _write_split(folder / split, sources, split, manifest, advance)
-        (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco, separators=(",", ":")) + "\n")
+        for name, coco in _write_split(folder, sources, split, manifest, advance).items():
+            (folder / "annotations" / f"{name}.json").write_text(json.dumps(coco, separators=(",", ":")) + "\n")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _write_split(
-    folder: Path, sources: Sources, split: str, manifest: dict[str, Any], advance: Callable[[], None]
-) -> dict[str, Any]:
-    """Write one split's PNGs; return its COCO dict."""
+    root: Path, sources: Sources, split: str, manifest: dict[str, Any], advance: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Write one split's PNGs; return its COCO dicts, by name."""
+    folders = [root / split, root / panoptic(split)]
+    for folder in folders:
+        folder.mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    segments: list[dict[str, Any]] = []
     for number in range(1, manifest[split] + 1):
         rng = np.random.default_rng([manifest["seed"], SPLITS.index(split), number])
         scene = paint(rng, sources, split)
         name = f"{number:06}.png"
-        Image.fromarray(scene.pixels).save(folder / name)
+        for folder, pixels in zip(folders, (scene.pixels, id_image(scene)), strict=True):
+            Image.fromarray(pixels).save(folder / name)
         images.append({"id": number, "file_name": name, "height": SIZE, "width": SIZE, **scene.origin})
         for digit in scene.digits:
             annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **digit})
+        segments.append({"image_id": number, "file_name": name, "segments_info": segments_info(scene, STUFF_ID)})
         advance()
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
-    return {"info": {"description": FORMAT["format"]}, "images": images, "annotations": annotations} | {
-        "categories": categories
+    kinds = [{**category, "isthing": 1} for category in categories] + [{"id": STUFF_ID, "name": STUFF, "isthing": 0}]
+    about = {"info": {"description": FORMAT["format"]}, "images": images}
+    return {
+        split: {**about, "annotations": annotations, "categories": categories},
+        panoptic(split): {**about, "annotations": segments, "categories": kinds},
     }
 
 

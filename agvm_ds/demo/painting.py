@@ -46,6 +46,8 @@ class Scene:
     """One picture: (96, 96, 3) uint8 RGB, where its background is from, and its digits as COCO annotations."""
 
     pixels: Array
+    segments: Array
+    """(96, 96) uint8: which digit a pixel shows, counted from 1 in their order; 0: the photograph."""
     origin: dict[str, Any]
     digits: list[dict[str, Any]]
 
@@ -73,19 +75,19 @@ def paint(rng: np.random.Generator, sources: Sources, split: str) -> Scene:
     left, right = (0, PHOTO_SPLIT) if split == "train" else (PHOTO_SPLIT, photo.shape[1])
     x, y = int(rng.integers(left, right - SIZE + 1)), int(rng.integers(photo.shape[0] - SIZE + 1))
     canvas = photo[y : y + SIZE, x : x + SIZE].astype(np.float32)
-    taken = np.zeros((SIZE, SIZE), dtype=bool)
+    segments = np.zeros((SIZE, SIZE), dtype=np.uint8)
     digits: list[dict[str, Any]] = []
     for _ in range(int(rng.integers(1, MAX_DIGITS + 1))):
         glyph = int(rng.choice(sources.members[split]))
         alpha = _enlarge(sources.glyphs[glyph], rng)
-        corner = _free_corner(alpha, taken, [digit["bbox"] for digit in digits], rng)
+        corner = _free_corner(alpha, segments > 0, [digit["bbox"] for digit in digits], rng)
         if corner is None:
             continue
         mask = _paste(canvas, alpha, corner, rng)
-        taken |= mask
         digits.append(_annotation(mask, int(sources.labels[glyph])) | {"glyph": glyph})
+        segments[mask] = len(digits)
     pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-    return Scene(pixels, {"photo": index, "corner": [x, y]}, digits)
+    return Scene(pixels, segments, {"photo": index, "corner": [x, y]}, digits)
 
 
 def _enlarge(glyph: Array, rng: np.random.Generator) -> Array:
@@ -140,14 +142,15 @@ def _colour(background: Array, rng: np.random.Generator) -> Array:
 
 def _annotation(mask: Array, label: int) -> dict[str, Any]:
     """COCO's fields for visible pixels ``mask``, (H, W) bool: box (x, y, w, h) in pixel edges, polygons, area."""
+    polygons = [[c for point in loop for c in point] for loop in outlines(mask)]
+    return {"category_id": label + 1, **extent(mask), "segmentation": polygons}
+
+
+def extent(mask: Array) -> dict[str, Any]:
+    """COCO's bbox and area of ``mask``, (H, W) bool, which is not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
-    return {
-        "category_id": label + 1,
-        "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
-        "area": int(mask.sum()),
-        "segmentation": [[c for point in loop for c in point] for loop in outlines(mask)],
-    }
+    return {"bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y], "area": int(mask.sum())}
 
 
 def outlines(mask: Array) -> list[list[tuple[int, int]]]:

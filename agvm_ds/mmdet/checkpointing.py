@@ -35,6 +35,10 @@ STATE_DIR = "deepspeed"
 """Folder of the DeepSpeed checkpoints in a work dir."""
 RUNNER_KEY = "runner"
 """Where the runner's own state is in a checkpoint's client_state."""
+AVERAGES_PUBLISHED = "averages_published"
+"""In it: for each EMA hook, whether its averages were what was evaluated and published at that moment."""
+UNROUNDED = "unrounded"
+"""In it: what half precision has rounded and nothing has trained, as it was before (see keep_unrounded)."""
 
 
 def refuse_nothing_to_resume(work_dir: Path) -> None:
@@ -142,12 +146,15 @@ class Checkpointing:
     def _runner_state(self, states: list[Any]) -> dict[str, Any]:
         meta = plain(self.meta or {})
         averages = [hook.averages() for hook in ema_hooks(self._hooks)]
+        # Under ZeRO-3 every rank writes its client_state: once is enough.
+        writes = self.rank == 0 or not self.engine.zero_optimization_partition_weights()
         return {
             "random": states,
             "seed": meta.get("seed"),
             "hook_msgs": meta.get("hook_msgs", {}),
-            # Under ZeRO-3 every rank writes its client_state: once is enough.
-            "averages": averages if self.rank == 0 else [{} for _ in averages],
+            "averages": averages if writes else [{} for _ in averages],
+            AVERAGES_PUBLISHED: [hook.in_use for hook in ema_hooks(self._hooks)],
+            UNROUNDED: self.saving.unrounded if writes else {},
             "position": list(self._position),
             **self._pace(),
         }
@@ -171,6 +178,7 @@ class Checkpointing:
         self._resumed_from = tag, self._iter
         self._take_meta(state)
         self._take_averages(state["averages"])
+        self.saving.unrounded.update(broadcast_object(state.get(UNROUNDED, {})))
         mine = None
         if len(state["random"]) == comm.get_world_size():
             mine = state["random"][self.rank]

@@ -95,6 +95,11 @@ def work_dir_of(cfg: Config, name: str | None, asked: str | Path | None) -> Path
     return Path(asked or cfg.get("work_dir") or f"work_dirs/{config_path(name).stem}")
 
 
+def is_demo(name: str | None) -> bool:
+    """Whether a config is one of those of the built-in data."""
+    return config_path(name).resolve().parent == DEMO_CONFIG.resolve().parent
+
+
 def shipped_configs() -> dict[str, Path]:
     """ "folder/name" -> file, for every config that the installed mmdet ships."""
     package = Path(mmdet.__file__).parent

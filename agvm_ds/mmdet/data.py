@@ -12,7 +12,7 @@ from mmdet.datasets import build_dataloader, build_dataset, replace_ImageToTenso
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import blamed
-from agvm_ds.mmdet.data_check import data_sets
+from agvm_ds.mmdet.data_sets import data_sets
 from agvm_ds.mmdet.images import name_images
 from agvm_ds.mmdet.plan import Batch
 

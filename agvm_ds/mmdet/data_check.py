@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from deepspeed import comm
 from mmcv import Config
-from mmdet.datasets import DATASETS, CocoDataset, LVISV05Dataset, LVISV1Dataset
+from mmdet.datasets import CocoDataset, LVISV05Dataset, LVISV1Dataset
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.annotations import Use, check_annotations
 from agvm_ds.mmdet.configs import blamed
+from agvm_ds.mmdet.data_sets import data_sets, kind_of, missing_packages
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.findings import Report
 from agvm_ds.mmdet.images import Image, check_files
+from agvm_ds.mmdet.metrics import unknown_metrics, wanted_metrics
 
 SPLITS = ("train", "val", "test")
 FILES = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")
 """Keys of a data set config that name files or folders, one or a list."""
-COCO_METRICS = ("bbox", "segm", "proposal")
-"""Of CocoDataset. mmdet 2.28's proposal_fast fails with numpy 2."""
 _LVIS = (LVISV05Dataset, LVISV1Dataset)
 
 
@@ -93,8 +93,7 @@ def check_data(
 ) -> Checked:
     """Look through the data sets of these splits of a config, as a run with these metrics reads them."""
     checked = Checked()
-    asked = metrics or cfg.get("evaluation", {}).get("metric", ())
-    evaluated = [asked] if isinstance(asked, str) else list(asked)
+    evaluated = list(metrics or wanted_metrics(cfg))
     for split in splits:
         for where, node in data_sets(cfg.data.get(split), f"data.{split}"):
             try:
@@ -110,8 +109,8 @@ def _check_data_set(
     checked: Checked, node: Mapping[str, Any], where: str, trained: bool, metrics: Sequence[str], allow_others: bool
 ) -> None:
     """Look through one data set of a config; a file that several share in the same way, once."""
-    missing = list(_missing(node, where))
-    checked.problems += [*missing, *(() if trained else _metrics(node, metrics))]
+    missing = [*missing_packages(node, where), *_missing(node, where)]
+    checked.problems += [*missing, *(() if trained else unknown_metrics(node, metrics))]
     for source in [] if missing else _sources(node, where, trained, metrics, allow_others):
         same = next((known for known in checked.sources if known.key == source.key), None)
         if same is not None:
@@ -146,19 +145,6 @@ def check_on_hosts(
     return next((noted for _, _, noted in filter(None, everywhere)), [])
 
 
-def data_sets(node: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """(keys, config) of each data set within wrappers (repeat, concat)."""
-    if isinstance(node, (list, tuple)):
-        for index, item in enumerate(node):
-            yield from data_sets(item, f"{where}[{index}]")
-    elif isinstance(node, Mapping):
-        inner = [key for key in ("dataset", "datasets") if key in node]
-        for key in inner:
-            yield from data_sets(node[key], f"{where}.{key}")
-        if not inner:
-            yield where, node
-
-
 def _missing(node: Mapping[str, Any], where: str) -> Iterator[str]:
     """ "where: not found: path" for each missing file of a data set config."""
     for key in FILES if _on_disk(node) else ():
@@ -186,23 +172,9 @@ def _sources(
         yield Source(where, node, file, folders[min(index, len(folders) - 1)], use)
 
 
-def _kind(node: Mapping[str, Any]) -> Any:
-    """The class of a data set; None for one that mmdet does not know."""
-    named = node.get("type")
-    return DATASETS.get(named) if isinstance(named, str) else named
-
-
-def _metrics(node: Mapping[str, Any], metrics: Iterable[str]) -> Iterator[str]:
-    """Metrics that would be refused at the first evaluation only, when a part of the training is done."""
-    if getattr(_kind(node), "evaluate", None) is CocoDataset.evaluate:
-        for metric in metrics:
-            if metric not in COCO_METRICS:
-                yield f"evaluation metric {metric!r}: not known; allowed: {', '.join(COCO_METRICS)}"
-
-
 def _use(node: Mapping[str, Any], where: str, trained: bool, metrics: Sequence[str], allow_others: bool) -> Use | None:
     """How a run uses a data set; None when its annotation file is not read as CocoDataset or LVIS read theirs."""
-    kind = _kind(node)
+    kind = kind_of(node)
     reader = getattr(kind, "load_annotations", None)
     lvis = any(reader is known.load_annotations for known in _LVIS)
     if reader is not CocoDataset.load_annotations and not lvis:

@@ -135,11 +135,14 @@ def ema_hooks(hooks: Iterable[Any]) -> list[EngineEMA]:
 def use_averages(weights: StateDict, hooks: Iterable[Any], unrounded: Mapping[str, torch.Tensor]) -> StateDict:
     """What is evaluated and published: whole ``weights`` with the averages that are in use now in their place.
 
-    Every rank must call it. A buffer that no update has changed stays as it was before it was cast (``unrounded``).
+    Every rank must call it. unrounded: see ``replaced``.
     """
     for hook in ema_hooks(hooks):
-        averages = hook.averages() if hook.in_use else {}
-        for name, average in averages.items():
-            if name not in unrounded or not torch.equal(weights[name], unrounded[name]):
-                weights[name] = average
+        weights = replaced(weights, hook.averages() if hook.in_use else {}, unrounded)
     return weights
+
+
+def replaced(weights: StateDict, averages: StateDict, unrounded: Mapping[str, torch.Tensor]) -> StateDict:
+    """Weights with averages in their place; what no update has changed stays as it was before it was cast (``unrounded``)."""
+    unchanged = {name for name in averages if name in unrounded and torch.equal(weights[name], unrounded[name])}
+    return weights | {name: average for name, average in averages.items() if name not in unchanged}

@@ -7,7 +7,7 @@ than the others, and hangs them; and bfloat16 does not go through mmcv's NMS. Wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
@@ -18,23 +18,34 @@ from mmdet.core import encode_mask_results
 from mmdet.models import build_detector
 from torch import nn
 
+from agvm_ds.mmdet.configs import blamed
 from agvm_ds.mmdet.model import to_device
 from agvm_ds.mmdet.randomness import untouched_randomness
 
 
 def plain_detector(cfg: Config, device: torch.device | str) -> nn.Module:
-    """A detector of the config without weights, in evaluation mode."""
-    with untouched_randomness():
+    """A detector of the config without weights, in evaluation mode. Raises ConfigError when it cannot be built."""
+    with untouched_randomness(), blamed("model"):
         detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     return detector.to(device).eval()
 
 
 @torch.no_grad()
-def detect(detector: nn.Module, loader: Any, device: torch.device | str) -> list[Any]:
-    """This rank's share of the results, an entry an image, masks encoded as run lengths."""
+def detect(
+    detector: nn.Module,
+    loader: Any,
+    device: torch.device | str,
+    show: Callable[[list[Any], list[Any]], None] = lambda metas, results: None,
+) -> list[Any]:
+    """This rank's share of the results, an entry an image, masks encoded as run lengths.
+
+    show: called with the metas of each batch's images and their results, masks as they are.
+    """
     results: list[Any] = []
     for batch in loader:
-        found = detector(return_loss=False, rescale=True, **to_device(batch, device))
+        inputs = to_device(batch, device)
+        found = detector(return_loss=False, rescale=True, **inputs)
+        show(inputs["img_metas"][0], found)
         results.extend(_encoded(result) for result in found)
     return results
 

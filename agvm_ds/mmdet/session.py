@@ -25,6 +25,7 @@ from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.compat import mend_mmdet
+from agvm_ds.mmdet.configs import is_demo
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import broadcast_object
 
@@ -74,17 +75,6 @@ def agreeing() -> Iterator[None]:
         raise HostError(f"on {host}: {text}") from mine
 
 
-def make_work_dir(work_dir: Path) -> None:
-    """Raise HostError when files cannot be written there."""
-    probe = work_dir / f".probe_{os.environ.get('RANK', '0')}"
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise HostError(f"--work-dir {work_dir}: cannot be written: {error.strerror}") from None
-
-
 @contextmanager
 def alone_in(work_dir: Path) -> Iterator[None]:
     """Raise ConfigError when another launch is at work in this folder. The system takes the lock away from a dead process."""
@@ -111,10 +101,15 @@ def _lock(file: TextIO) -> str | None:
     return None
 
 
-def make_demo_data(cfg: Config) -> None:
-    """The built-in data set: made by rank 0, and then by the first rank of each host that does not find it there."""
+def make_demo_data(name: str | None, cfg: Config) -> None:
+    """The built-in data set, if the config of this name is one of its own.
+
+    It is made by rank 0, and then by the first rank of each host that does not find it there.
+    """
     from agvm_ds.demo.data import ensure
 
+    if not is_demo(name):
+        return
     for makes in (comm.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
         with agreeing():
             if makes:

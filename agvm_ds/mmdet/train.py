@@ -27,7 +27,7 @@ from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
-from agvm_ds.mmdet.configs import DEMO_CONFIG, blamed, config_path, read_config, work_dir_of
+from agvm_ds.mmdet.configs import blamed, config_path, read_config, work_dir_of
 from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError, tell_lost
@@ -37,6 +37,7 @@ from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
+from agvm_ds.mmdet.outputs import make_folder
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
 from agvm_ds.mmdet.pretrained import init_weights, provide
@@ -83,8 +84,7 @@ def train(options: TrainOptions) -> None:
 
 def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: RankWatch, started: float) -> None:
     """A run whose ranks have met."""
-    if config_path(options.config) == DEMO_CONFIG:
-        session.make_demo_data(cfg)
+    session.make_demo_data(options.config, cfg)
     plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
     logger = session.open_log(cfg, work_dir)
     asked = options.seed if options.seed is not None else cfg.get("seed")
@@ -141,7 +141,7 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     cfg.load_from = options.load_from or cfg.get("load_from")
     if cfg.load_from and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
         raise HostError(f"{'--load-from' if options.load_from else 'load_from'}: not found: {cfg.load_from}")
-    session.make_work_dir(work_dir)
+    make_folder("--work-dir", work_dir)
     return plan, cfg, work_dir
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from agvm_ds.checkpoints import NotWrittenError, any_pickle, weights_only
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.outputs import written_whole
 
 StateDict = dict[str, torch.Tensor]
 
@@ -44,12 +45,15 @@ def gather_weights(engine: Any, unrounded: Mapping[str, torch.Tensor] | None = N
     result: StateDict = {}
     for name, value in engine.module.state_dict().items():
         whole = _master(engine, parameters[name], masters) if name in parameters else value
-        whole = whole.detach().cpu()
-        before = unrounded.get(name)
-        if before is not None and torch.equal(before.to(whole.dtype), whole):
-            whole = before
-        result[name] = whole.to(torch.float32 if whole.is_floating_point() else whole.dtype, copy=True)
+        result[name] = in_float32(whole.detach().cpu(), unrounded.get(name))
     return result
+
+
+def in_float32(value: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy in float32, of integers in their own type. before: what it was rounded from, unless it was trained since."""
+    if before is not None and torch.equal(before.to(value.dtype), value):
+        value = before
+    return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _master(engine: Any, parameter: nn.Parameter, masters: Mapping[int, torch.Tensor]) -> torch.Tensor:
@@ -72,10 +76,13 @@ def _unfused_masters(engine: Any) -> dict[int, torch.Tensor]:
     return {id(p): master for half, full in pairs for p, master in zip(half, full, strict=True)}
 
 
-def load_weights(detector: nn.Module, source: str, logger: Any, trust: bool = False) -> None:
-    """Load a ``.pth`` (a file, or a URL that mmcv knows) that fits in part at least. Raises ConfigError.
+def load_weights(
+    detector: nn.Module, source: str, logger: Any, trust: bool = False, whole: bool = False
+) -> Mapping[str, Any]:
+    """Load a ``.pth`` (a file, or a URL that mmcv knows) that fits in part at least; its meta. Raises ConfigError.
 
     trust: read whatever the file holds; else tensors and plain data alone, so that no code in it is run.
+    whole: nothing of the detector may be left as it was.
     """
     try:
         with any_pickle() if trust else weights_only():
@@ -92,9 +99,26 @@ def load_weights(detector: nn.Module, source: str, logger: Any, trust: bool = Fa
         raise ConfigError(
             f"{source}: cannot be loaded as a .pth: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    weights = loaded.get("state_dict", loaded)
-    if not {name.removeprefix("module.") for name in weights} & set(detector.state_dict()):
+    weights = {name.removeprefix("module."): value for name, value in loaded.get("state_dict", loaded).items()}
+    wanted = detector.state_dict()
+    if not weights.keys() & wanted.keys():
         raise ConfigError(f"{source}: none of its weights has a place in the detector; is it of another one?")
+    absent = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
+    if whole and absent:
+        raise ConfigError(
+            f"{source}: {len(absent)} of the detector's {len(wanted)} weights are not in it, or have another shape: "
+            f"{', '.join(absent[:3])}; is it of another config?"
+        )
+    return dict(loaded.get("meta") or {})
+
+
+def put_weights(detector: nn.Module, weights: StateDict, source: Any) -> None:
+    """Load a state dict that must fit exactly. Raises ConfigError. source: where it is from."""
+    try:
+        detector.load_state_dict(weights)
+    except RuntimeError as error:
+        told = [line.strip() for line in str(error).split("\n")[1:4]]
+        raise ConfigError("\n  ".join([f"{source}: is not of this config's detector:", *told])) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -106,18 +130,13 @@ def publish(weights: StateDict, meta: Mapping[str, Any], path: Path, link: str |
 
     Raises NotWrittenError.
     """
-    draft = path.with_name(f".{path.name}.tmp")
     try:
-        with draft.open("wb") as file:
+        with written_whole(path) as file:
             torch.save({"meta": dict(meta), "state_dict": weights}, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        draft.unlink(missing_ok=True)
         raise NotWrittenError(
             f"{path} cannot be written: {_first_line(error)}; make room and continue with --resume"
         ) from error
-    os.replace(draft, path)
     if link is not None:
         draft_link = path.with_name(f".{link}.tmp")
         draft_link.unlink(missing_ok=True)

@@ -49,6 +49,28 @@ def test_newest_first_and_a_lasting_one_before_an_interim_of_the_same_update(tmp
         Vault(tmp_path).manifest("epoch_9")
 
 
+def test_one_process_finds_damage_in_the_files_of_all_ranks(tmp_path: Path) -> None:
+    place = written(tmp_path, "epoch_1", 6)
+    assert Vault(tmp_path).damage("epoch_1") == []
+    (place / "x.pt").write_bytes(b"epoch_")
+    assert Vault(tmp_path).damage("epoch_1") == [f"{place / 'x.pt'}: 6 bytes, 7 were written: cut short or overwritten"]
+    (place / "x.pt").unlink()
+    assert Vault(tmp_path).damage("epoch_1") == [f"{place / 'x.pt'}: missing"]
+    (place / MANIFEST).unlink()
+    assert Vault(tmp_path).damage("epoch_1") == [f"{place / MANIFEST}: missing"]
+
+
+def test_a_file_of_two_hosts_is_whole_when_it_is_that_of_one(tmp_path: Path) -> None:
+    """Each host with a folder of its own writes the model's file; they may differ, and only one is here."""
+    place = written(tmp_path, "epoch_1", 6)
+    manifest = Vault(tmp_path).manifest("epoch_1")
+    assert manifest is not None
+    other = manifest.files[0].model_copy(update={"rank": 0, "host": "other", "sha256": "0" * 64})
+    both = manifest.model_copy(update={"files": [other, *manifest.files]})
+    (place / MANIFEST).write_text(both.model_dump_json())
+    assert Vault(tmp_path).damage("epoch_1") == []
+
+
 def pruned(folder: Path) -> list[list[str]]:
     """In a rank: what is left after pruning to all, two, and one."""
     found = []

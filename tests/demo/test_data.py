@@ -38,7 +38,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_settings_give_the_same_bytes(digits: Path, tmp_path: Path) -> None:
     again = data.ensure(tmp_path / "elsewhere", TRAIN, VAL)
     assert digest(again) == digest(digits)
-    assert len(digest(digits)) == TRAIN + VAL + 3
+    assert len(digest(digits)) == 2 * (TRAIN + VAL) + 5
 
 
 def test_another_seed_gives_other_pictures(digits: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_another_seed_gives_other_pictures(digits: Path, tmp_path: Path) -> None
 def test_a_smaller_split_is_the_beginning_of_a_larger_one(digits: Path, tmp_path: Path) -> None:
     small = digest(data.ensure(tmp_path / "digits", 5, 2))
     pictures = {name: value for name, value in small.items() if name.endswith(".png")}
-    assert len(pictures) == 7
+    assert len(pictures) == 2 * 7
     assert pictures.items() <= digest(digits).items()
 
 
@@ -116,6 +116,33 @@ def test_boxes_lie_where_the_pixels_of_the_picture_differ_from_the_photograph(di
             boxes[top : top + height, left : left + width] = True
             assert changed[top : top + height, left : left + width].any()
         assert not (changed & ~boxes).any()
+
+
+def test_panoptic_segments_are_the_instances_and_the_rest_of_the_photograph(digits: Path) -> None:
+    """Every pixel is of one segment, and what the files say of a segment is what its pixels say."""
+    from PIL import Image
+    from pycocotools import mask as masks
+
+    for split in data.SPLITS:
+        instances, panoptic = coco(digits, split), coco(digits, f"panoptic_{split}")
+        assert panoptic["images"] == instances["images"]
+        assert [(c["name"], c["isthing"]) for c in panoptic["categories"]] == [
+            *((name, 1) for name in data.CLASSES),
+            ("photograph", 0),
+        ]
+        for image, entry in zip(panoptic["images"], panoptic["annotations"], strict=True):
+            assert (entry["image_id"], entry["file_name"]) == (image["id"], image["file_name"])
+            colors = np.asarray(Image.open(digits / f"panoptic_{split}" / entry["file_name"])).astype(int)
+            ids = colors @ [1, 256, 65536]
+            photograph, *things = entry["segments_info"]
+            assert set(np.unique(ids)) == {segment["id"] for segment in entry["segments_info"]}
+            assert photograph["category_id"] == 11 and (ids == photograph["id"]).sum() == photograph["area"]
+            own = [a for a in instances["annotations"] if a["image_id"] == image["id"]]
+            for annotation, thing in zip(own, things, strict=True):
+                pixels = masks.decode(masks.merge(masks.frPyObjects(annotation["segmentation"], 96, 96)))
+                assert ((ids == thing["id"]) == pixels).all()
+                same = ("category_id", "bbox", "area", "iscrowd")
+                assert [thing[key] for key in same] == [annotation[key] for key in same]
 
 
 @pytest.mark.parametrize("density", [0.4, 0.6, 0.9])
@@ -241,6 +268,13 @@ def test_nothing_is_ever_overwritten(digits: Path, tmp_path: Path, monkeypatch: 
         data.ensure(tmp_path, TRAIN, VAL)
     with pytest.raises(FileExistsError, match="something else"):
         data.ensure(tmp_path / "mine.txt", TRAIN, VAL)
+
+
+def test_a_data_set_of_an_earlier_version_is_told_apart(tmp_path: Path) -> None:
+    earlier = {"format": "agvm_ds digits", "version": 1, "train": 3, "val": 1, "seed": 0}
+    (tmp_path / "dataset.json").write_text(json.dumps(earlier, indent=2))
+    with pytest.raises(FileExistsError, match=r"of another version of agvm_ds.*remove it or choose another folder"):
+        data.ensure(tmp_path, 3, 1)
 
 
 def test_a_lost_picture_is_noticed(tmp_path: Path) -> None:

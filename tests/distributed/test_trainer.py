@@ -13,6 +13,7 @@ import torch
 from agvm_ds.demo.data import ensure
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.disk import checkpoints_of
+from agvm_ds.mmdet.saved import read_published
 from tests.launch import launch_port
 from tests.trainer import ROOT, cfg_options, data_options, launch, write_config, write_json
 
@@ -91,6 +92,15 @@ def test_checkpoints_take_the_room_that_was_estimated(work_dir: Path) -> None:
     found = sum(path.stat().st_size for path in (work_dir / "deepspeed/epoch_2").iterdir())
     assert found == pytest.approx(needed.state + more, rel=0.05)
     assert (work_dir / "epoch_2.pth").stat().st_size == pytest.approx(needed.weights, rel=0.05)
+
+
+def test_a_checkpoint_read_without_ranks_is_what_was_published(work_dir: Path) -> None:
+    """In stage 2 that is the average of the weights, not those that are trained."""
+    for tag in ("epoch_1", "epoch_2"):
+        published = torch.load(work_dir / f"{tag}.pth", weights_only=True)["state_dict"]
+        found = read_published(work_dir / "deepspeed" / tag).weights
+        assert published.keys() == found.keys()
+        assert [name for name in found if not torch.equal(found[name], published[name])] == []
 
 
 def test_plain_mmdet_loads_what_is_published(work_dir: Path) -> None:

@@ -6,7 +6,6 @@ A detector that has learned eight images by heart (mAP above 0.4) is where most 
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from agvm_ds.demo.data import ensure
-from tests.trainer import Outcome, cfg_options, data_options, launch, logged, write_config, write_json
+from agvm_ds.mmdet.saved import read_published
+from tests.distributed.learning import AFTER, attempt, by_heart, run
+from tests.trainer import logged
 
 MASKS = """
 model["backbone"]["norm_cfg"] = model["backbone"]["norm_cfg"] | dict(type="BN")
@@ -36,44 +36,6 @@ train_pipeline[-1]["keys"] = ["img", "gt_bboxes", "gt_labels", "gt_masks"]
 evaluation["metric"] = ["bbox", "segm"]
 custom_hooks = [dict(type="NumClassCheckHook"), dict(type="SyncNormHook", interval=20)]
 """
-BY_HEART = {"runner.max_epochs": 48, "lr_config.warmup_iters": 8, "evaluation.interval": 100, "log_config.interval": 1}
-AFTER = {"runner.max_epochs": 1, "lr_config": "None", "optimizer.lr": 1e-4, "evaluation.interval": 1}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure(tmp_path_factory.mktemp("data") / "digits", train=48, val=8)
-
-
-def run(
-    place: Path, digits: Path, settings: dict[str, Any], options: dict[str, Any], *more: str, config: str = ""
-) -> Path:
-    """A run that ends well; its work dir."""
-    outcome = attempt(place, digits, settings, options, *more, config=config)
-    assert outcome.good, outcome.output
-    return place / "work"
-
-
-def attempt(
-    place: Path, digits: Path, settings: dict[str, Any], options: dict[str, Any], *more: str, config: str = ""
-) -> Outcome:
-    named = [str(write_config(place, config)), "--deepspeed_config", str(write_json(place, settings))]
-    words = [*named, "--work-dir", str(place / "work"), "--seed", "0", *more]
-    return launch("train.py", [*words, *cfg_options({**data_options(digits), **options})], place)
-
-
-def by_heart(digits: Path) -> dict[str, Any]:
-    """Train on the images that are evaluated."""
-    files = {"data.train.ann_file": digits / "annotations/val.json", "data.train.img_prefix": digits / "val"}
-    return {**BY_HEART, **files}
-
-
-@pytest.fixture(scope="module")
-def learned(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
-    work = run(tmp_path_factory.mktemp("learned"), digits, settings, by_heart(digits))
-    assert logged(work)[-1]["bbox_mAP"] > 0.4
-    return work / "latest.pth"
 
 
 def plain_metrics(work: Path) -> dict[str, float]:
@@ -105,10 +67,17 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "zero2": {"zero_optimization": {"stage": 2}},
     "zero3": {"zero_optimization": {"stage": 3}},
     "zero2_bf16": {"zero_optimization": {"stage": 2}, "bfloat16": {"enabled": True}},
+    "zero0_bf16": {"zero_optimization": {"stage": 0}, "bfloat16": {"enabled": True}},
+    "zero1_bf16": {"zero_optimization": {"stage": 1}, "bfloat16": {"enabled": True}},
+    "zero3_bf16": {"zero_optimization": {"stage": 3}, "bfloat16": {"enabled": True}},
 }
+MORE = ("zero0_bf16", "zero1_bf16", "zero3_bf16")
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.extended] if name in MORE else []) for name in PRECISIONS],
+)
 def continued(request: pytest.FixtureRequest, learned: Path, digits: Path, tmp_path_factory: Any) -> Path:
     """Three updates on other images, from the learned weights; the backbone's first stage is frozen."""
     settings = {"train_batch_size": 16, "agvm": {"precondition": "none", "interval": 2}, **PRECISIONS[request.param]}
@@ -133,14 +102,27 @@ def test_what_is_frozen_is_published_as_it_was_and_the_rest_is_trained(continued
     assert not all(torch.equal(value, value.bfloat16().float()) for value in trained)  # the fp32 masters
 
 
-def test_the_test_program_measures_what_was_logged(learned: Path, tmp_path: Path) -> None:
-    work = learned.parent
-    words = [str(work / "config.py"), str(learned), "--eval", "bbox", "--out", str(tmp_path / "results.pkl")]
-    outcome = launch("test.py", words, tmp_path)
-    assert outcome.good, outcome.output
-    shown = outcome.output.split("bbox_mAP ")[1].split("\n")[0].strip(" │")
-    assert float(shown) == pytest.approx(logged(work)[-1]["bbox_mAP"], abs=1e-3)
-    assert len(pickle.loads((tmp_path / "results.pkl").read_bytes())) == 8
+@pytest.mark.extended
+def test_what_is_frozen_stays_unrounded_in_a_resumed_run(learned: Path, digits: Path, tmp_path: Path) -> None:
+    """Though --load-from is left out: the checkpoint has it."""
+    settings = {"train_batch_size": 16, "agvm": {"precondition": "none"}, **PRECISIONS["zero3_bf16"]}
+    options = {**AFTER, "model.backbone.frozen_stages": 1}
+    run(tmp_path, digits, settings, options, "--load-from", str(learned))
+    work = run(tmp_path, digits, settings, {**options, "runner.max_epochs": 2}, "--resume")
+    before = torch.load(learned, weights_only=True)["state_dict"]["backbone.conv1.weight"]
+    assert not torch.equal(before, before.bfloat16().float())
+    for file in ("epoch_1.pth", "epoch_2.pth"):
+        assert torch.equal(torch.load(work / file, weights_only=True)["state_dict"]["backbone.conv1.weight"], before)
+    assert_equal_weights(
+        torch.load(work / "epoch_2.pth", weights_only=True)["state_dict"], read_published(work / "deepspeed").weights
+    )
+
+
+def test_the_deepspeed_checkpoint_has_what_was_published(continued: Path) -> None:
+    published = torch.load(continued / "latest.pth", weights_only=True)
+    found = read_published(continued / "deepspeed")
+    assert_equal_weights(published["state_dict"], found.weights)
+    assert {key: published["meta"][key] for key in found.meta} == found.meta
 
 
 def test_masks_and_batch_norm_under_zero_3(digits: Path, tmp_path: Path) -> None:
@@ -154,6 +136,7 @@ def test_masks_and_batch_norm_under_zero_3(digits: Path, tmp_path: Path) -> None
     assert_published_as_logged(work, "bbox_mAP", "segm_mAP_50")
     saved = torch.load(work / "latest.pth", weights_only=True)["state_dict"]
     assert int(saved["backbone.bn1.num_batches_tracked"]) == 48
+    assert_equal_weights(saved, read_published(work / "deepspeed").weights)
     modules = json.loads((work / "deepspeed.json").read_text())["agvm"]["modules"]
     assert modules == ["backbone", "neck", "rpn_head", "roi_head.bbox_head", "roi_head.mask_head"]
 

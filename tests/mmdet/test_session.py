@@ -70,8 +70,8 @@ def made(place: Path) -> None:
             Path(root).mkdir()
 
     data.ensure = ensure  # type: ignore[assignment]
-    make_demo_data(Config(dict(data_root=str(place / "shared"))))
-    make_demo_data(Config(dict(data_root=str(place / f"disk_{comm.get_rank()}"))))
+    make_demo_data(None, Config(dict(data_root=str(place / "shared"))))
+    make_demo_data(None, Config(dict(data_root=str(place / f"disk_{comm.get_rank()}"))))
 
 
 def test_the_demos_data_are_made_once_a_folder(tmp_path: Path) -> None:

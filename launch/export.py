@@ -1,0 +1,30 @@
+"""A checkpoint as one .pth for plain mmdet: python launch/export.py CONFIG CHECKPOINT OUT.pth
+
+CHECKPOINT is a .pth, or a DeepSpeed checkpoint of launch/train.py, of any ZeRO stage and number of ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agvm_ds.mmdet.commandline import Parser
+from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.export import ExportOptions, export
+
+
+def main() -> None:
+    """Parse, export, print the file's name."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("config", help="an mmdet config file, or the name of one that mmdet ships")
+    add("checkpoint", help="a .pth (a file or a URL), WORK_DIR/deepspeed, or a folder in it")
+    add("out", type=Path, metavar="OUT.pth", help="8 digits of its SHA-256 are added to the name")
+    add("--trust-checkpoint", action="store_true", help="as in launch/train.py")
+    parser.add_common()
+    options = vars(parser.parse_args())
+    options.pop("local_rank")
+    print(export(ExportOptions(**options)))
+
+
+if __name__ == "__main__":
+    main_of_rank(main)
