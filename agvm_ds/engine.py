@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,6 +22,7 @@ from agvm_ds.deepspeed_json import load_config, unknown_keys
 from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.monitor import deepspeed_events
 from agvm_ds.optimizer import AGVM
+from agvm_ds.scalars import scalars_sent
 from agvm_ds.shards import shards_of
 from agvm_ds.support import refuse_by_deepspeed, refuse_configuration, refuse_unsupported
 
@@ -71,7 +70,7 @@ def initialize(
         _refuse_layout(model)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)
         model_parameters = None
-    with _scalars_broadcast():
+    with scalars_sent():
         result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
         )
@@ -79,30 +78,6 @@ def initialize(
     if (unknown := unknown_keys(config)) and result[0].global_rank == 0:
         logger.warning("the DeepSpeed config has keys that neither DeepSpeed nor AGVM reads: %s", ", ".join(unknown))
     return result
-
-
-@contextmanager
-def _scalars_broadcast() -> Iterator[None]:
-    """DeepSpeed 0.19 sends the first weights as bytes, and torch has no such view of a parameter without dimensions.
-
-    Many of mmdet's dense heads have those (mmcv's Scale). They have one dimension while they are sent.
-    """
-    send = DeepSpeedEngine._broadcast_model
-
-    @wraps(send)
-    def broadcast(engine: DeepSpeedEngine) -> None:
-        scalars = [p for p in engine.module.parameters() if p.dim() == 0]
-        for parameter in scalars:
-            parameter.data = parameter.data.view(1)
-        send(engine)
-        for parameter in scalars:
-            parameter.data = parameter.data.view(())
-
-    DeepSpeedEngine._broadcast_model = broadcast
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._broadcast_model = send
 
 
 def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:

@@ -78,8 +78,8 @@ def load(detector: nn.Module, options: ExportOptions) -> dict[str, Any]:
 
 def names_of(cfg: Config) -> dict[str, Any]:
     """CLASSES of the (first) data set to test, and PALETTE if its kind has one that is long enough."""
-    where, node = next(data_sets(cfg.data.get("test"), "data.test"), ("", {}))
-    if not node:
+    where, node = next(data_sets(cfg.data.get("test"), "data.test"), ("", None))
+    if node is None:
         return {}
     with blamed(where):
         kind = kind_of(node)
