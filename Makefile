@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-faults test-hosts bench lint doctor clean
+.PHONY: help setup demo test test-faults test-hosts bench recipes detectors lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,12 @@ test-hosts: $(STAMP) ## launches over two and three hosts, network namespaces of
 
 bench: $(STAMP) ## what AGVM adds to an update: time, memory, bytes; the trainer beside mmdet's (about 50 minutes on 2 cores)
 	$(BIN)/python -m benchmarks
+
+recipes: $(STAMP) ## every recipe of configs/, shrunk to two updates: a table (about 10 minutes)
+	$(BIN)/python -m benchmarks.recipes
+
+detectors: $(STAMP) ## the modules of every detector that mmdet ships, and a training of nineteen kinds: tables (about 15 minutes)
+	$(BIN)/python -m benchmarks.zoo
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

@@ -88,7 +88,7 @@ def shrunk(name: str, data: Path) -> Config:
         "ann_file": str(data / "train.json"),
         "img_prefix": str(data / "digits/train"),
         "seg_prefix": str(data / "semantic"),
-        "pipeline": pipeline(collected(cfg), cfg.model),
+        "pipeline": pipeline(collected(cfg), cfg.model, side_of(cfg)),
     }
     cfg.data = {"samples_per_gpu": MICRO, "workers_per_gpu": 0, "train": digits, "val": digits, "test": digits}
     cfg.runner = {"type": "EpochBasedRunner", "max_epochs": 1}
@@ -116,14 +116,20 @@ def collected(cfg: Config) -> list[str]:
     return list(next(step["keys"] for step in reversed(split.pipeline) if step["type"] == "Collect"))
 
 
-def pipeline(keys: Sequence[str], model: Mapping[str, Any]) -> list[dict[str, Any]]:
+def side_of(cfg: Config) -> int:
+    """SIDE, unless the detector's anchors are made for one size (SSD)."""
+    head = cfg.model.get("bbox_head") or {}
+    return int((head.get("anchor_generator") or {}).get("input_size", SIDE))
+
+
+def pipeline(keys: Sequence[str], model: Mapping[str, Any], side: int) -> list[dict[str, Any]]:
     """The digits' images, at one size, with the annotations that a detector of these keys wants."""
     semantic = "gt_semantic_seg" in keys
     fused = "semantic_head" in model.get("roi_head", {})  # HTC's is compared at an eighth of the image's size
     return [
         {"type": "LoadImageFromFile"},
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": "gt_masks" in keys, "with_seg": semantic},
-        {"type": "Resize", "img_scale": (SIDE, SIDE), "keep_ratio": True},
+        {"type": "Resize", "img_scale": (side, side), "keep_ratio": True},
         {"type": "RandomFlip", "flip_ratio": 0.0},
         {"type": "Normalize", **NORM},
         {"type": "Pad", "size_divisor": 32},

@@ -1,4 +1,4 @@
-# Faster R-CNN R50 FPN with AdamW at batch 512: 36.8 box mAP with AGVM, 36.2 without (arXiv 2210.11078).
+# Faster R-CNN R50 FPN with AdamW at batch 512: the setting of arXiv 2210.11078, whose figures were not at hand.
 # COCO, 32 GPUs x 16 images. Nobody has run it here at this size.
 # 12 epochs, as in the paper; steps, AdamW's rate (by the square root), decay and betas are those of mmdet's Swin configs.
 _base_ = "_base_/faster_rcnn_r50.py"

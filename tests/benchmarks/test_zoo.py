@@ -47,10 +47,10 @@ def test_the_pipeline_gives_what_the_detectors_own_gives() -> None:
     cfg = Config({"data": {"train": {"type": "MultiImageMixDataset", "dataset": {"pipeline": steps}}}})
     keys = collected(cfg)
     assert keys == ["img", "gt_bboxes", "gt_semantic_seg"]
-    made = {step["type"]: step for step in pipeline(keys, {})}
+    made = {step["type"]: step for step in pipeline(keys, {}, 96)}
     assert made["LoadAnnotations"]["with_seg"] and not made["LoadAnnotations"]["with_mask"]
     assert made["SegRescale"]["scale_factor"] == 1 / 4
-    assert "SegRescale" not in {step["type"] for step in pipeline(keys[:2], {})}
+    assert "SegRescale" not in {step["type"] for step in pipeline(keys[:2], {}, 96)}
 
 
 def test_the_table_has_a_line_for_each_cut_and_each_reason() -> None:
