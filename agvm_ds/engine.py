@@ -22,7 +22,7 @@ from agvm_ds.deepspeed_json import load_config, unknown_keys
 from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.monitor import deepspeed_events
 from agvm_ds.optimizer import AGVM
-from agvm_ds.scalars import scalars_sent
+from agvm_ds.scalars import mend_scalars, scalars_sent
 from agvm_ds.shards import shards_of
 from agvm_ds.support import refuse_by_deepspeed, refuse_configuration, refuse_unsupported
 
@@ -74,6 +74,7 @@ def initialize(
         result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, config=config, **options
         )
+    mend_scalars(result[0])
     attach(result[0])
     if (unknown := unknown_keys(config)) and result[0].global_rank == 0:
         logger.warning("the DeepSpeed config has keys that neither DeepSpeed nor AGVM reads: %s", ", ".join(unknown))

@@ -182,7 +182,8 @@ MODELS = [
     Option("deepspeed.checkpointing", ANY, model=models.deepspeed_checkpointing),
     Option("weights tied between modules (the first has them)", ANY, model=models.Tied),
     Option("a gradient not contiguous", ANY, model=models.Transposed),
-    Option("a parameter without dimensions (mmcv's Scale)", ANY, model=models.Scalar),
+    Option("a parameter without dimensions (mmcv's Scale)", ANY, model=models.Scalar, max_norm=0.1),
+    Option("a parameter without dimensions, bf16", ANY, BF16, model=models.Scalar, max_norm=0.1, bf16=True),
     Option("a gradient exactly zero", ANY, model=models.Zero),
     Option("a gradient on some ranks only", (0, 1), model=models.Sometimes, note=NOT_BY_DEEPSPEED),
 ]

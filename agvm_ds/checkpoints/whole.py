@@ -110,9 +110,14 @@ class WholeState:
 
     def _replicated_state(self, index: int) -> dict[str, Any]:
         return {
-            key: value.reshape(-1) if is_flat(value) else value
+            key: value.reshape(-1) if key in self._elementwise else value
             for key, value in self.base["state"].get(index, {}).items()
         }
+
+    @cached_property
+    def _elementwise(self) -> set[str]:
+        """Of a parameter without dimensions every state looks like a count: the others tell."""
+        return {key for state in self.base["state"].values() for key, value in state.items() if is_flat(value)}
 
     def _replicated_fp32(self, index: int) -> torch.Tensor:
         masters = self.common["optimizer"].get("fp32_groups")
