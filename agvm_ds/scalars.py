@@ -7,7 +7,7 @@ step fails. Here they have one dimension while they are sent, and their gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -31,12 +31,8 @@ def _sending_model(send: Callable[..., None]) -> Callable[..., None]:
     """Stages 0 to 2, and 3 before it cuts the parameters."""
 
     def sent(engine: DeepSpeedEngine) -> None:
-        scalars = [parameter for parameter in engine.module.parameters() if parameter.dim() == 0]
-        for parameter in scalars:
-            parameter.data = parameter.data.view(1)
-        send(engine)
-        for parameter in scalars:
-            parameter.data = parameter.data.view(())
+        with _one_dimension(parameter for parameter in engine.module.parameters() if parameter.dim() == 0):
+            send(engine)
 
     return sent
 
@@ -57,12 +53,8 @@ def _is_scalar(parameter: torch.Tensor) -> bool:
 def _clipping(clip: Callable[[], None], scalars: list[torch.Tensor]) -> Callable[[], None]:
     @wraps(clip)
     def clipped() -> None:
-        gradients = [parameter.grad for parameter in scalars if parameter.grad is not None]
-        for gradient in gradients:
-            gradient.data = gradient.data.view(1)
-        clip()
-        for gradient in gradients:
-            gradient.data = gradient.data.view(())
+        with _one_dimension(parameter.grad for parameter in scalars if parameter.grad is not None):
+            clip()
 
     return clipped
 
@@ -88,6 +80,19 @@ def _changed(leave: Callable[..., None]) -> Callable[..., None]:
         leave(gathered, *error)
 
     return left
+
+
+@contextmanager
+def _one_dimension(scalars: Iterable[torch.Tensor]) -> Iterator[None]:
+    """These tensors have one, for a while."""
+    changed = list(scalars)
+    for tensor in changed:
+        tensor.data = tensor.data.view(1)
+    try:
+        yield
+    finally:
+        for tensor in changed:
+            tensor.data = tensor.data.view(())
 
 
 @contextmanager

@@ -11,27 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mmdet.datasets import CocoDataset
-from PIL import Image, ImageDraw
-
-from agvm_ds.demo.data import ensure
-from tests.trainer import launch
+from benchmarks.shrunk import MICRO, RANKS, WORK_DIR, make_data, trained
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-RANKS, UPDATES, MICRO = 2, 2, 2
 AGVM = {"start_step": 1, "interval": 1, "clip_window": [0, 1]}
 """Of two updates the second is measured."""
 
@@ -99,7 +89,7 @@ class Recipe:
         """The command line after launch/train.py, its JSON written to ``place``."""
         place.mkdir(parents=True, exist_ok=True)
         (place / "ds.json").write_text(json.dumps(self.shrunk()))
-        words = [str(self.config), "--deepspeed_config", str(place / "ds.json"), "--work-dir", str(place / "work")]
+        words = [str(self.config), "--deepspeed_config", str(place / "ds.json"), "--work-dir", str(place / WORK_DIR)]
         words += ["--seed", "0", "--no-validate", "--revert-sync-bn", "--cfg-options"]
         return words + [f"{key}={value}" for key, value in self.options(data).items()]
 
@@ -107,57 +97,6 @@ class Recipe:
 def recipes() -> list[Recipe]:
     """Of every JSON in configs/."""
     return [Recipe(path) for path in sorted(CONFIGS.glob("*.json"))]
-
-
-def make_data(folder: Path) -> Path:
-    """The digits as COCO data with its 80 classes, and semantic maps: a digit's label in its outline, else a stuff's."""
-    ensure(folder / "digits", train=RANKS * MICRO * UPDATES, val=1)
-    content = json.loads((folder / "digits/annotations/train.json").read_text())
-    content["categories"] = [{"id": index + 1, "name": name} for index, name in enumerate(CocoDataset.CLASSES)]
-    (folder / "train.json").write_text(json.dumps(content))
-    (folder / "semantic").mkdir(exist_ok=True)
-    for image in content["images"]:
-        map_ = Image.new("L", (image["width"], image["height"]), len(CocoDataset.CLASSES))
-        for note in content["annotations"]:
-            for polygon in note["segmentation"] if note["image_id"] == image["id"] else []:
-                ImageDraw.Draw(map_).polygon(np.reshape(polygon, -1).tolist(), fill=note["category_id"] - 1)
-        map_.save(folder / "semantic" / image["file_name"])
-    return folder
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a shrunk run left in its work dir."""
-
-    losses: list[float]
-    """One an update."""
-    variances: dict[str, float]
-    """Module -> gradient variance, of the last measured update."""
-
-    @classmethod
-    def of(cls, work_dir: Path) -> Run:
-        """Read the log and agvm.jsonl."""
-        lines = [line for log in work_dir.glob("*.log.json") for line in _lines(log)]
-        measured = list(_lines(work_dir / "agvm.jsonl")) if (work_dir / "agvm.jsonl").exists() else []
-        modules = measured[-1]["modules"] if measured else {}
-        losses = [line["loss"] for line in lines if line.get("mode") == "train"]
-        return cls(losses, {name: values["variance"] for name, values in modules.items()})
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    return map(json.loads, file.read_text().splitlines())
-
-
-def problem_of(run: Run, agvm: bool) -> str:
-    """What is wrong with a shrunk run that ended well, with AGVM or without; empty when nothing is."""
-    if len(run.losses) != UPDATES:
-        return f"{len(run.losses)} updates, not {UPDATES}"
-    if not all(map(math.isfinite, run.losses)):
-        return f"losses {run.losses}"
-    missing = [name for name, variance in run.variances.items() if variance is None or not math.isfinite(variance)]
-    if missing or bool(run.variances) != agvm:
-        return f"no variance of {', '.join(missing) or 'any module'}"
-    return ""
 
 
 def main() -> None:
@@ -179,23 +118,11 @@ def main() -> None:
 def _row(recipe: Recipe, folder: Path, data: Path) -> str:
     """Run a recipe and print its row; why it did not train or measure, or nothing."""
     place = folder / recipe.name
-    began = time.monotonic()
-    outcome = launch("train.py", recipe.arguments(place, data), place, RANKS, timeout=600)
-    seconds = time.monotonic() - began
-    run = Run.of(place / "work")
-    reason = problem_of(run, "agvm" in recipe.settings()) if outcome.good else told(outcome.output)
+    run = trained(recipe.arguments(place, data), place, "agvm" in recipe.settings())
     loss = ", ".join(f"{loss:.3g}" for loss in run.losses)
-    row = recipe.name, len(run.losses), loss, ", ".join(run.variances) or "-", f"{seconds:.0f}", reason
+    row = recipe.name, len(run.losses), loss, ", ".join(run.variances) or "-", f"{run.seconds:.0f}", run.reason
     print(f"| {' | '.join(map(str, row))} |", flush=True)
-    return reason
-
-
-def told(output: str) -> str:
-    """The lines of a launch that failed that say why, as near as can be: its own message, or the last of a traceback."""
-    found = re.findall(r"^error: .*(?:\n  .*)*", output, re.MULTILINE) or re.findall(
-        r"^\w*Error: .*", output, re.MULTILINE
-    )
-    return " ".join((found[-1] if found else output[-200:]).split()) or "no output"
+    return run.reason
 
 
 if __name__ == "__main__":

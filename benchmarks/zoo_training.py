@@ -7,7 +7,6 @@ run, and no pretrained weights are read. Kept are the model, its losses and its 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 from mmcv import Config
 
 from agvm_ds.mmdet.configs import read_config
-from benchmarks.recipes import MICRO, RANKS, Run, problem_of, told
-from tests.trainer import launch
+from benchmarks.shrunk import MICRO, RANKS, WORK_DIR, Run, trained
 
 FAMILIES = {
     "Faster R-CNN": "faster_rcnn/faster_rcnn_r50_fpn_1x_coco",
@@ -54,27 +52,21 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Training:
-    """How a detector's two updates went; reason is empty when all is well."""
+    """How a detector's two updates went."""
 
     name: str
     config: str
     run: Run
-    seconds: float
-    reason: str
 
 
 def train(name: str, config: str, place: Path, data: Path) -> Training:
-    """Launch one. data: made by recipes.make_data."""
+    """Launch one. data: made by shrunk.make_data."""
     place.mkdir(parents=True, exist_ok=True)
-    file, settings, work_dir = place / "shrunk.py", place / "ds.json", place / "work"
+    file, settings, work_dir = place / "shrunk.py", place / "ds.json", place / WORK_DIR
     shrunk(config, data).dump(str(file))
     settings.write_text(json.dumps(SETTINGS))
     words = [str(file), "--deepspeed_config", str(settings), "--work-dir", str(work_dir), "--seed", "0"]
-    began = time.monotonic()
-    outcome = launch("train.py", [*words, "--no-validate", "--revert-sync-bn"], place, RANKS, timeout=600)
-    seconds = time.monotonic() - began
-    run = Run.of(work_dir)
-    return Training(name, config, run, seconds, problem_of(run, True) if outcome.good else told(outcome.output))
+    return Training(name, config, trained([*words, "--no-validate", "--revert-sync-bn"], place, agvm=True))
 
 
 def shrunk(name: str, data: Path) -> Config:

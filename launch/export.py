@@ -15,11 +15,8 @@ from agvm_ds.mmdet.export import ExportOptions, export
 def main() -> None:
     """Parse, export, print the file's name."""
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("config", help="an mmdet config file, or the name of one that mmdet ships")
-    add("checkpoint", help="a .pth (a file or a URL), WORK_DIR/deepspeed, or a folder in it")
-    add("out", type=Path, metavar="OUT.pth", help="8 digits of its SHA-256 are added to the name")
-    add("--trust-checkpoint", action="store_true", help="as in launch/train.py")
+    parser.add_checkpoint()
+    parser.add_argument("out", type=Path, metavar="OUT.pth", help="8 digits of its SHA-256 are added to the name")
     parser.add_common()
     options = vars(parser.parse_args())
     options.pop("local_rank")

@@ -20,9 +20,7 @@ def main() -> None:
     """Parse, evaluate, print the metrics on rank 0."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("config", help="an mmdet config file, or the name of one that mmdet ships")
-    add("checkpoint", help="a .pth (a file or a URL), WORK_DIR/deepspeed, or a folder in it")
-    add("--trust-checkpoint", action="store_true", help="as in launch/train.py")
+    parser.add_checkpoint()
     measures = parser.add_mutually_exclusive_group()
     measures.add_argument(
         "--eval",

@@ -17,6 +17,12 @@ class Parser(argparse.ArgumentParser):
         """Raise ConfigError with the usage."""
         raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
+    def add_checkpoint(self) -> None:
+        """Add ``CONFIG CHECKPOINT`` and ``--trust-checkpoint``."""
+        self.add_argument("config", help="an mmdet config file, or the name of one that mmdet ships")
+        self.add_argument("checkpoint", help="a .pth (a file or a URL), WORK_DIR/deepspeed, or a folder in it")
+        self.add_argument("--trust-checkpoint", action="store_true", help="as in launch/train.py")
+
     def add_common(self) -> None:
         """Add ``--cfg-options`` and what DeepSpeed's launcher passes."""
         self.add_argument(

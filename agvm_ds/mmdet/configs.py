@@ -10,7 +10,9 @@ from typing import Any
 
 import mmdet
 from mmcv import Config
+from mmdet.models import build_detector
 from mmdet.utils import compat_cfg, replace_cfg_vals, update_data_root
+from torch import nn
 
 import agvm_ds.demo
 from agvm_ds.config import ConfigError
@@ -56,6 +58,12 @@ def blamed(part: str) -> Iterator[None]:
         raise
     except BUILDING as error:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
+
+
+def detector_of(cfg: Config) -> nn.Module:
+    """A config's detector, with the weights that its layers are made with. Raises ConfigError when it cannot be built."""
+    with blamed("model"):
+        return build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
 
 
 def move_data(cfg: Config, root: str | None) -> None:

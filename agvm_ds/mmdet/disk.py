@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmcv import Config
-from mmdet.models import build_detector
 
-from agvm_ds.mmdet.configs import blamed
+from agvm_ds.mmdet.configs import detector_of
 from agvm_ds.mmdet.limits import RUNNERS
 from agvm_ds.mmdet.memory import FP32, GIB
 
@@ -38,9 +37,7 @@ class Checkpoints:
 
 def checkpoints_of(cfg: Config, states: int = STATES) -> Checkpoints:
     """The checkpoints of a config's run. Raises ConfigError when its detector cannot be built."""
-    with blamed("model"):
-        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in detector.parameters()]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in detector_of(cfg).parameters()]
     every, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     return Checkpoints(_number(cfg), FP32 * every, FP32 * (every + (1 + states) * trained))
 

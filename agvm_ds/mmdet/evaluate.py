@@ -15,18 +15,17 @@ import torch
 from deepspeed import comm
 from mmcv import Config
 from mmdet.core import encode_mask_results
-from mmdet.models import build_detector
 from torch import nn
 
-from agvm_ds.mmdet.configs import blamed
+from agvm_ds.mmdet.configs import detector_of
 from agvm_ds.mmdet.model import to_device
 from agvm_ds.mmdet.randomness import untouched_randomness
 
 
 def plain_detector(cfg: Config, device: torch.device | str) -> nn.Module:
     """A detector of the config without weights, in evaluation mode. Raises ConfigError when it cannot be built."""
-    with untouched_randomness(), blamed("model"):
-        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    with untouched_randomness():
+        detector = detector_of(cfg)
     return detector.to(device).eval()
 
 

@@ -24,7 +24,7 @@ from agvm_ds.mmdet.configs import blamed, read_config
 from agvm_ds.mmdet.data_sets import data_sets, kind_of
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.outputs import refuse_unwritable, written_whole
+from agvm_ds.mmdet.outputs import refuse_unwritable, told, written_whole
 from agvm_ds.mmdet.saved import read_published
 from agvm_ds.mmdet.weights import in_float32, load_weights, put_weights
 
@@ -104,9 +104,6 @@ def write(out: Path, content: Mapping[str, Any]) -> Path:
     torch.save(dict(content), buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     path = out.with_name(f"{out.stem}-{digest}.pth")
-    try:
-        with written_whole(path) as file:
-            file.write(buffer.getbuffer())
-    except OSError as error:
-        raise HostError(f"{path}: cannot be written: {error.strerror}") from error
+    with told(path), written_whole(path) as file:
+        file.write(buffer.getbuffer())
     return path

@@ -27,12 +27,11 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs, model_to_params
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from mmcv import Config
-from mmdet.models import build_detector
 from torch import nn
 
 from agvm_ds.bases import preconditioned
 from agvm_ds.config import AGVMConfig
-from agvm_ds.mmdet.configs import blamed
+from agvm_ds.mmdet.configs import detector_of
 
 GIB = 2**30
 FP32 = 4
@@ -75,8 +74,7 @@ class Needs:
 
 def footprint(cfg: Config) -> Footprint:
     """Build the detector of a config, without weights, and count. Raises ConfigError when it cannot be built."""
-    with blamed("model"):
-        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    detector = detector_of(cfg)
     parameters, largest = model_to_params(detector)
     trainable = sum(p.numel() for p in detector.parameters() if p.requires_grad)
     return Footprint(parameters, trainable, largest, *saved_for_backward(detector.to("meta"), image_size(cfg)))

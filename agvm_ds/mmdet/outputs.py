@@ -50,3 +50,12 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What the system says while this path is written is a HostError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -9,7 +9,6 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mmdet.datasets import CocoPanopticDataset
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.data_sets import data_sets, kind_of
 from agvm_ds.mmdet.errors import HostError
-from agvm_ds.mmdet.outputs import refuse_unwritable, written_whole
+from agvm_ds.mmdet.outputs import refuse_unwritable, told, written_whole
 
 PICKLES = (".pkl", ".pickle")
 PREFIX = "jsonfile_prefix"
@@ -54,20 +53,20 @@ def refuse_unformatted(cfg: Config) -> None:
 
 def write_pickle(path: Path, results: list[Any]) -> None:
     """The raw results, in the data set's order. Raises HostError."""
-    with _told(path), written_whole(path) as file:
+    with told(path), written_whole(path) as file:
         pickle.dump(results, file)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Raises HostError."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    with _told(path), written_whole(path) as file:
+    with told(path), written_whole(path) as file:
         file.write(text.encode())
 
 
 def write_formatted(prefix: Path, data: Any, results: list[Any]) -> list[Path]:
     """The data set's own files, ``PREFIX.bbox.json`` and so on, made in a draft folder beside them. Raises HostError."""
-    with _told(prefix):
+    with told(prefix):
         draft = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", dir=prefix.parent))
         try:
             data.format_results(results, **{PREFIX: str(draft / prefix.name)})
@@ -82,11 +81,3 @@ def _moved(made: Iterable[Path], folder: Path) -> Iterator[Path]:
         final = folder / path.name
         os.replace(path, final)
         yield final
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise HostError(f"{path}: cannot be written: {error.strerror or error}") from error

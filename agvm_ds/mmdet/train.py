@@ -17,7 +17,6 @@ from mmcv import Config
 from mmcv.runner import build_runner
 from mmdet import __version__ as mmdet_version
 from mmdet.datasets import NumClassCheckHook
-from mmdet.models import build_detector
 from mmdet.utils import get_root_logger
 from torch import nn
 
@@ -27,7 +26,7 @@ from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet import data, optimizer, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
-from agvm_ds.mmdet.configs import blamed, config_path, read_config, work_dir_of
+from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
 from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError, tell_lost
@@ -159,8 +158,7 @@ def splits_read(options: TrainOptions, cfg: Config) -> list[str]:
 
 def make_detector(cfg: Config, plan: Plan, classes: Any, options: TrainOptions) -> nn.Module:
     """The detector with its first weights, before DeepSpeed takes it. A resume brings its own after that."""
-    with blamed("model"):
-        detector = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
+    detector = detector_of(cfg)
     plan.notes += settle_sync_bn(detector, options.revert_sync_bn)
     quiet = logging.getLogger("mmcv")
     level = quiet.level

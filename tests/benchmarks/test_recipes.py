@@ -15,8 +15,8 @@ from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.plan import make_plan
-from benchmarks.recipes import RANKS, Run, make_data, problem_of, recipes
-from tests.trainer import launch
+from benchmarks.recipes import recipes
+from benchmarks.shrunk import Run, make_data, problem_of, trained
 
 RECIPES = {recipe.name: recipe for recipe in recipes()}
 CONFIGS = sorted({recipe.config.stem for recipe in RECIPES.values()})
@@ -132,10 +132,8 @@ IN_CI = "retinanet_r50_512.agvm"
 )
 def test_it_trains_and_measures(name: str, data: Path, tmp_path: Path) -> None:
     recipe = RECIPES[name]
-    outcome = launch("train.py", recipe.arguments(tmp_path, data), tmp_path, RANKS, timeout=300)
-    assert outcome.good, outcome.output
-    run = Run.of(tmp_path / "work")
-    assert problem_of(run, "agvm" in recipe.settings()) == ""
+    run = trained(recipe.arguments(tmp_path, data), tmp_path, "agvm" in recipe.settings(), timeout=300)
+    assert run.reason == ""
     assert set(run.variances) == (set(MODULES[name.partition("_")[0]]) if "agvm" in recipe.settings() else set())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mmcv import Config
 
-from benchmarks.recipes import make_data
+from benchmarks.shrunk import make_data
 from benchmarks.zoo import Cut, lines_of
 from benchmarks.zoo_training import FAMILIES, collected, pipeline, train, without_weights
 
@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_detector_trains_and_every_module_is_measured(name: str, data: Path, tmp_path: Path) -> None:
     training = train(name, FAMILIES[name], tmp_path, data)
-    assert training.reason == ""
+    assert training.run.reason == ""
     assert training.run.losses[0] != training.run.losses[1]
     assert all(0 <= phi <= 2 for phi in training.run.variances.values())
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from agvm_ds.mmdet.configs import read_config, shipped_configs
 from agvm_ds.mmdet.modules import modules_of
-from benchmarks.zoo import DOCUMENT, Cut, cut_of, cuts, detector_of, shares_of
+from benchmarks.zoo import DOCUMENT, Cut, bare_detector, cut_of, cuts, shares_of
 
 
 def parts(**children: nn.Module) -> nn.Module:
@@ -104,7 +104,7 @@ def test_modules_of_well_known_detectors(found: dict[str, Cut], config: str, mod
 
 def test_a_lost_parameter_would_be_found() -> None:
     cfg = read_config(None)
-    detector = detector_of(cfg)
+    detector = bare_detector(cfg)
     assert shares_of(detector, ["backbone", "neck", "rpn_head"])["rest"] == pytest.approx(
         cut_of("demo", cfg).shares["roi_head"]
     )
@@ -125,6 +125,6 @@ def test_the_documents_splits_of_transformers_fit(detector: str) -> None:
     line = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {detector} |"))
     names = re.findall(r'"([a-z_.]+)"', line)
     for config in SPLITS[detector]:
-        shares = shares_of(detector_of(read_config(config)), names)
+        shares = shares_of(bare_detector(read_config(config)), names)
         assert set(shares) == set(names)
         assert all(share > 0 for share in shares.values())
