@@ -1,10 +1,10 @@
 """What a measured update adds to the peak memory of a rank, in MiB, beside what it may add.
 
-    python -m benchmarks.memory      2 minutes on two cores
+    python -m benchmarks.memory      5 minutes on two cores
 
 Two ranks, a model of 16 million parameters (64 MiB in fp32) whose gradients come in reverse order of definition, two
-accumulation steps. Peaks are those of torch's allocator within an update (its profiler's records), of a measured update less
-an unmeasured one; repeated, they differ by up to 16 MiB, for DeepSpeed drops buffers when Python does. Allowed: one bucket
+accumulation steps. Peaks are those of torch's allocator within an update (its profiler's records): the median of three measured updates
+less that of three others between them, for one alone differs by up to 16 MiB from the next. Allowed: one bucket
 and one gradient shard (half the model) in fp32, and 20 MiB for the runs of a shard that are worked on at once. It may be
 less, where DeepSpeed's own step needs more at another moment.
 """
@@ -12,11 +12,13 @@ less, where DeepSpeed's own step needs more at another moment.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from tests.launch import run_ranks
 LAYERS, WIDTH, RANKS, MIB = 16, 1000, 2, 2**20
 WORKED_ON = 20
 """MiB for the runs of a shard that are worked on at once."""
+REPEATS = 3
 MODEL = LAYERS * WIDTH**2
 BUCKETS = (500_000_000, 2_000_000)
 WAYS = [("SGD", "pairwise"), ("SGD", "split"), ("AdamW", "pairwise"), ("AdamW", "split")]
@@ -52,6 +55,7 @@ class Wide(nn.Module):
 
 def peak(engine: Any) -> float:
     """How far one update of two micro-batches goes above the memory that it begins with, in MiB."""
+    gc.collect()  # or buffers of an earlier update are dropped in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(2):
             engine.backward(engine(torch.randn(4, WIDTH)))
@@ -72,7 +76,8 @@ def added(run: Run) -> float:
     with started(config, Wide()) as engine:
         for _ in range(2):
             peak(engine)
-        return peak(engine) - peak(engine)
+        measured, unmeasured = zip(*[(peak(engine), peak(engine)) for _ in range(REPEATS)], strict=True)
+        return median(measured) - median(unmeasured)
 
 
 def expected(run: Run) -> float:
