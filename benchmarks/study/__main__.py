@@ -2,6 +2,7 @@
 
     python -m benchmarks.study run        train what is left, two runs at a time; a line each in docs/study/runs.jsonl
     python -m benchmarks.study left       what is known to be left
+    python -m benchmarks.study estimators pairwise against split at fixed weights (needs runs' weights in work_dirs/study)
     python -m benchmarks.study report     the tables and figures of docs/study.md, from the lines
 
 ``run`` may be interrupted at any moment: the next one goes on with the epoch in which each run was.
@@ -17,9 +18,10 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from benchmarks.study import lines
+from benchmarks.machine import save
+from benchmarks.study import estimators, lines, report
 from benchmarks.study.launch import ROOT, NotRun, make_data, train
-from benchmarks.study.plan import FAILED, Line, Study
+from benchmarks.study.plan import FAILED, Cell, Line, Study
 from benchmarks.study.protocol import Run
 
 WORK_DIRS = ROOT / "work_dirs/study"
@@ -67,16 +69,34 @@ def _commit() -> str:
     return head + "+" * bool(changed)
 
 
+def compare_estimators(folder: Path = WORK_DIRS) -> None:
+    """At the weights of plain SGD at batch 128, its chosen rate: docs/study/estimators.json."""
+    chosen = Study(lines.read()).chosen(Cell("SGD", "plain", 128))
+    if chosen is None:
+        raise SystemExit("error: plain SGD at batch 128 has no chosen rate yet: python -m benchmarks.study run")
+    rows = []
+    for epoch in estimators.EPOCHS:
+        products = estimators.inner_products(folder / chosen.key / f"work/epoch_{epoch}.pth")
+        rows += [{"epoch": epoch, **row} for row in estimators.compare(products)]
+    save(lines.FOLDER, "estimators", rows)
+
+
 def main() -> None:
     """One of the commands."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="run | left | report")
+    commands = parser.add_subparsers(required=True, metavar="run | left | estimators | report")
     run = commands.add_parser("run", help="train what is left")
     run.add_argument("--at-once", type=int, default=2, metavar="N", help="runs at a time (default %(default)s)")
-    run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many (default: no limit)")
+    run.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no run after so many (default: no limit)"
+    )
     run.set_defaults(do=lambda args: sys.exit(run_all(args.at_once, time.monotonic() + 60 * args.minutes) > 0))
     left = commands.add_parser("left", help="what is known to be left")
     left.set_defaults(do=lambda args: print("\n".join(run.key for run in Study(lines.read()).to_do())))
+    compared = commands.add_parser("estimators", help="pairwise against split")
+    compared.set_defaults(do=lambda args: compare_estimators())
+    reported = commands.add_parser("report", help="the tables and figures of docs/study.md")
+    reported.set_defaults(do=lambda args: report.write())
     args = parser.parse_args()
     do: Callable[[argparse.Namespace], None] = args.do
     do(args)

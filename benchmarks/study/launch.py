@@ -144,7 +144,13 @@ def _launch(run: Run, place: Path, lock: int) -> tuple[int, str]:
     config = {"_base_": str(DETECTOR), **{key: _whole(value) for key, value in mmdet_settings(run).items()}}
     (place / "config.json").write_text(json.dumps(config))
     (place / "ds.json").write_text(json.dumps(deepspeed_settings(run)))
-    words = [str(place / "config.json"), "--deepspeed_config", str(place / "ds.json"), "--work-dir", str(place / "work")]
+    words = [
+        str(place / "config.json"),
+        "--deepspeed_config",
+        str(place / "ds.json"),
+        "--work-dir",
+        str(place / "work"),
+    ]
     if any((place / "work").glob("deepspeed/*/")):
         words.append("--resume")
     with launch_port() as port, (place / "output").open("a+") as output:

@@ -21,7 +21,7 @@ SEEDS = (1, 2, 3, 4)
 CHOOSING_SEED = 0
 
 WARM_UP, START, STEPS = 0.125, 0.15, (0.75, 0.875)
-"""Shares of the run: warm-up, AGVM's start, and where the rate falls to a tenth (official recipe: 460, 560 of 3664 updates)."""
+"""Shares of the run: warm-up, AGVM's start, and where the rate falls to a tenth (officially 460, 560 of 3664)."""
 PAPER_UPDATES, PAPER_INTERVAL, PAPER_DECAY = 3664, 10, 0.97
 """Official recipe at batch 512: 16 epochs of COCO."""
 
@@ -62,7 +62,7 @@ class Run:
     """One training."""
 
     series: str
-    """``epochs``: EPOCHS at every batch; ``updates``: the updates of EQUAL_UPDATES; ``ablation``: one AGVM setting changed."""
+    """``epochs``: EPOCHS at every batch; ``updates``: as many as at EQUAL_UPDATES; ``ablation``: one AGVM setting changed."""
     base: str
     method: str
     batch: int
@@ -129,7 +129,7 @@ def agvm_block(run: Run) -> dict[str, Any]:
 
 
 def rates(base: str, best: float, batch: int) -> list[float]:
-    """The learning rates tried at a batch, by factors of two: ``best`` is plain's at 16. The same for every method of a base."""
+    """The learning rates tried at a batch, by factors of two, for every method of a base; ``best``: plain's at 16."""
     factor = batch / BASE_BATCH
     low = best * factor**0.5 / 2
     top = best * factor * 2 if base in LINEAR else best * factor**0.5 * 2
