@@ -25,8 +25,8 @@ class JsonLines:
     """A listener that appends one line a measured update to ``path``.
 
     {"update", "samples", "anchor", "modules": {name: {quantity: number}}}: ``samples`` counts images up to and including the
-    update, the quantities are those of ``columns_of``, undefined values are null. Lines from ``controller.steps`` on, left by a run that went further than its last
-    checkpoint, are dropped at the start, and lines that a killed run left unfinished.
+    update, the quantities are those of ``columns_of``, undefined values are null. Lines from ``controller.steps`` on, left
+    by a run that went further than its last checkpoint, are dropped at the start, and so are unfinished ones.
     """
 
     def __init__(self, path: Path, controller: Controller) -> None:
