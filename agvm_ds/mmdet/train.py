@@ -115,7 +115,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
             model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
         )
     published = plain_detector(cfg, engine.device) if "val" in splits_read(options, cfg) else None
-    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset), published)
+    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset), watch, published)
     runner = make_runner(options, cfg, plan, model, seed, saving, watch)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
