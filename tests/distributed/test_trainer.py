@@ -15,7 +15,7 @@ from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.disk import checkpoints_of
 from agvm_ds.mmdet.saved import read_published
 from tests.launch import launch_port
-from tests.trainer import ROOT, cfg_options, data_options, launch, write_config, write_json
+from tests.trainer import ROOT, cfg_options, data_options, launch, logged, write_config, write_json
 
 OPTIONS = {
     "lr_config.warmup_iters": 2,
@@ -83,6 +83,37 @@ def test_the_work_dir_is_complete(work_dir: Path) -> None:
     }
     assert [json.loads(line)["update"] for line in (work_dir / "agvm.jsonl").read_text().splitlines()] == [2, 4]
     assert (work_dir / "deepspeed" / "latest").read_text() == "epoch_2"
+
+
+def test_the_log_tells_what_each_module_stepped_with(work_dir: Path) -> None:
+    """In updates 1, 3, 5 of 0 to 5, whose lines are the 2nd, 4th, 6th, and in measured ones alike."""
+    lines = logged(work_dir, "train")
+    measures = {
+        one["update"]: one["modules"] for one in map(json.loads, (work_dir / "agvm.jsonl").read_text().splitlines())
+    }
+    assert len(lines) == 6
+    for update, line in enumerate(lines):
+        assert line["images/s"] > 0 and line["grad_norm"] > 0
+        for name in ("backbone", "neck", "rpn_head", "roi_head"):
+            mu = line[f"mu/{name}"]
+            assert line[f"lr/{name}"] == pytest.approx(line["lr"] * (mu if update >= 1 else 1), rel=1e-4)
+            if update in measures:
+                found = measures[update][name]
+                assert mu == pytest.approx(found["scale_factor"], rel=1e-4)
+                assert found["effective_lr"] == found["lr"] * found["scale_factor"]
+                assert found["noise_scale"] in ("inf", pytest.approx(found["noise"] / found["signal"]))
+    assert lines[-1]["mu/neck"] != 1
+
+
+def test_a_run_is_reported(work_dir: Path, tmp_path: Path) -> None:
+    assert launch("report.py", [str(work_dir), str(work_dir), "--out", str(tmp_path / "report")], tmp_path, 1).good
+    page = (tmp_path / "report/index.html").read_text()
+    assert "launch/train.py" in page and "batch 16 = 4 images a micro-batch" in page and "bbox_mAP" in page
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} >= {"loss", "score", "variance", "noise_scale"}
+    few = launch("advise.py", [str(work_dir)], tmp_path, 1)
+    assert few.codes == [2] and "1 measures in the last 50% of the run; at least 10 are needed" in few.output
+    every = launch("advise.py", [str(work_dir), "--batches", "32", "--part", "2"], tmp_path, 1)
+    assert every.codes == [2] and "--part 2.0: must be above 0 and at most 1" in every.output
 
 
 def test_checkpoints_take_the_room_that_was_estimated(work_dir: Path) -> None:
