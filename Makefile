@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-faults test-hosts bench recipes detectors lint doctor clean
+.PHONY: help setup demo test test-faults test-hosts bench recipes detectors study study-report lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,13 @@ recipes: $(STAMP) ## every recipe of configs/, shrunk to two updates: a table (a
 
 detectors: $(STAMP) ## the modules of every detector that mmdet ships, and a training of nineteen kinds: tables (about 15 minutes)
 	$(BIN)/python -m benchmarks.zoo
+
+study: $(STAMP) ## the large-batch study of docs/study.md: what is left of it, two runs at a time (days on 2 cores; it may be interrupted)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[study]
+	$(BIN)/python -m benchmarks.study run
+
+study-report: $(STAMP) ## its tables and figures, from the committed lines (seconds)
+	$(BIN)/python -m benchmarks.study report
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

@@ -33,8 +33,8 @@ def main() -> None:
     found = find(launcher, arguments, args.deepspeed_config, args.most, lambda text: print(text, flush=True))
     if not found:
         raise ConfigError(
-            "one image a micro-batch does not fit: a higher ZeRO stage, ZeRO-Offload, activation checkpointing (with_cp in the "
-            "backbone's config) or smaller images need less"
+            "one image a micro-batch does not fit: a higher ZeRO stage, ZeRO-Offload, activation checkpointing (with_cp in "
+            "the backbone's config) or smaller images need less"
         )
     least = "or more: --most ends the search" if found == args.most else "the largest that fits"
     print(f"{found} images a micro-batch: {least}", file=sys.stdout)

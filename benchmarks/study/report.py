@@ -40,7 +40,7 @@ NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
     "edge of the rates tried. (k): only k seeds yet.\n\n",
     "Against plain, seed by seed": "Mean difference of equal seeds ± its standard error.\n\n",
-    "Critical batch size by the noise scale, images": "Median over each quarter of the plain run with seed 0 at its rate.\n\n",
+    "Critical batch size by the noise scale, images": "Median over each quarter of the plain run with seed 0, its rate.\n\n",
     "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.\n\n",
 }
 
