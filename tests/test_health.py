@@ -86,7 +86,7 @@ def test_scale_factors_of_noise_are_said_with_their_standard_error() -> None:
     for update in range(2 * WINDOW):
         told.measure(update, 0.5, 0.3 if update % 2 else 1.2)
     (text,) = told.said
-    assert "n = 2 micro-batches" in text and "standard error of 0.46" in text
+    assert "n = 2 micro-batches" in text and "standard error of 0.41" in text
 
 
 def test_the_standard_error_is_that_of_independent_draws_and_of_no_trend() -> None:

@@ -22,4 +22,3 @@ data = dict(
         ],
     ),
 )
-custom_imports = dict(imports=["benchmarks.study.optimizers"], allow_failed_imports=False)

@@ -19,7 +19,7 @@ from typing import Any
 from agvm_ds.demo.data import ensure
 from agvm_ds.monitor import plain_number
 from benchmarks.study.plan import DIVERGED, DONE, FAILED, Line
-from benchmarks.study.protocol import CHOOSING_SEED, IMAGES, OPTIMIZERS, SET, STEPS, WARM_UP, Run, agvm_block
+from benchmarks.study.protocol import ALONE, CHOOSING_SEED, IMAGES, OPTIMIZERS, SET, STEPS, WARM_UP, Run, agvm_block
 from tests.launch import launch_port
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,9 @@ def mmdet_settings(run: Run) -> dict[str, Any]:
     optimizer = {**OPTIMIZERS[run.base], "lr": run.rate}
     if run.multipliers:
         optimizer["paramwise_cfg"] = {"custom_keys": {name: {"lr_mult": mu} for name, mu in run.multipliers.items()}}
+    timm = {"imports": ["benchmarks.study.optimizers"], "allow_failed_imports": False}
     return {
+        **({"custom_imports": timm} if run.base in ALONE else {}),
         "optimizer": optimizer,
         "lr_config": {
             "policy": "step",
@@ -180,10 +182,9 @@ def results(work_dir: Path, run: Run) -> dict[str, Any]:
     """mAP on both sets (0 for a run without an evaluation at its end), the curve, and the measures in BINS parts."""
     logs = [json.loads(line) for log in sorted(work_dir.glob("*.log.json")) for line in log.read_text().splitlines()]
     train = {line["iter"] + _before(line, run): line["loss"] for line in logs if line.get("mode") == "train"}
-    points = {line["epoch"]: line for line in logs if line.get("mode") == "val"}
+    points = {line["update"]: line for line in logs if line.get("mode") == "val"}
     curve = [
-        {"update": epoch * run.updates // run.epochs, **{name: line[key] for name, key in SETS.items()}}
-        for epoch, line in sorted(points.items())
+        {"update": update, **{name: line[key] for name, key in SETS.items()}} for update, line in sorted(points.items())
     ]
     ended = curve[-1] if curve and curve[-1]["update"] == run.updates else dict.fromkeys(SETS, 0.0)
     measures = [json.loads(line) for line in (work_dir / "agvm.jsonl").read_text().splitlines()]
