@@ -52,6 +52,7 @@ class Study:
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self.known = {line["key"]: line for line in lines if line["status"] != FAILED}
+        self._choosing: dict[Cell, list[Run]] = {}
 
     def chosen(self, cell: Cell) -> Run | None:
         """The cell's best run with the choosing seed; None while one of them is still to do, or not known."""
@@ -65,6 +66,11 @@ class Study:
 
     def choosing(self, cell: Cell) -> list[Run]:
         """The cell's runs with the choosing seed, one a rate; none while it is not known which."""
+        if cell not in self._choosing:
+            self._choosing[cell] = self._runs_to_choose_from(cell)
+        return self._choosing[cell]
+
+    def _runs_to_choose_from(self, cell: Cell) -> list[Run]:
         first = Run("epochs", cell.base, cell.method, cell.batch, 0.0, CHOOSING_SEED)
         base = Cell(cell.base, "plain", BASE_BATCH)
         if cell == base:
