@@ -59,8 +59,9 @@ def test_a_study_ends_with_every_cell_reported() -> None:
                 assert [run.seed for run in runs] == [1, 2, 3, 4] and all(run.key in study.known for run in runs)
                 assert bool(runs[0].multipliers) == (method == "fixed")
     series = [line["run"]["series"] for line in made]
-    assert series.index("updates") >= series.count("epochs") - 1, "of two runs at a time one may be ahead"
-    assert series.index("ablation") >= len(series) - series.count("ablation") - 1
+    ahead = 4  # of two runs at a time one may be, while the other has yet to choose a rate
+    assert series.index("updates") >= series.count("epochs") - ahead
+    assert series.index("ablation") >= len(series) - series.count("ablation") - ahead
     equal = [Run(**line["run"]) for line in made if line["run"]["series"] == "updates"]
     assert {run.updates for run in equal} == {512}
 
