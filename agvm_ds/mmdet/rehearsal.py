@@ -32,13 +32,12 @@ def without_monitors(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in deepspeed.items() if key not in MONITORS}
 
 
-def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, groups: list[Group], updates: int) -> None:
+def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, modules: list[tuple[str, ...]], updates: int) -> None:
     """Make the first update, and print on rank 0 what the run would be; every rank must call it.
 
-    groups: the parameter groups as they were given to DeepSpeed. updates: in the whole run.
+    modules: ``module_rows``. updates: in the whole run.
     """
     model, engine = runner.model, runner.engine
-    rows = list(module_rows(model.module, groups))
     rates = list(rate_rows(runner, cfg, updates))
     with waiting("the first update, its data included"):
         began = time.perf_counter()
@@ -49,9 +48,13 @@ def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, groups: list[Gro
     if engine.global_rank != 0:
         return
     console = Console()
-    console.print(table("modules", ("module", "parameters", "share", "frozen", "lr", "weight decay"), rows))
+    console.print(table("modules", ("module", "parameters", "share", "frozen", "lr", "weight decay"), modules))
     console.print(
-        table("batch and schedule", ("what", "value"), [("batch", str(plan.batch)), ("updates", str(updates))])
+        table(
+            "batch and schedule",
+            ("what", "value"),
+            [("batch", str(plan.batch).removeprefix("batch ")), ("updates", str(updates))],
+        )
     )
     console.print(table("learning rate of the first group", ("update", "rate"), rates))
     if engine.agvm is not None:
@@ -76,12 +79,13 @@ def table(title: str, head: tuple[str, ...], rows: list[Any]) -> Table:
 
 
 def module_rows(detector: nn.Module, groups: list[Group]) -> Iterator[tuple[str, ...]]:
-    """Module, trainable parameters, their share, frozen ones among the same top-level child, rates and decays."""
-    total = sum(size_of(p) for group in groups for p in group[PARAMS])
+    """Module, trainable parameters, share, frozen ones, learning rates, weight decays; of groups not cut by ZeRO yet."""
+    total = sum(p.numel() for group in groups for p in group[PARAMS])
     for name in dict.fromkeys(group["module"] for group in groups):
         mine = [group for group in groups if group["module"] == name]
-        count = sum(size_of(p) for group in mine for p in group[PARAMS])
-        frozen = sum(size_of(p) for key, p in detector.named_parameters() if _within(key, name) and not p.requires_grad)
+        count = sum(p.numel() for group in mine for p in group[PARAMS])
+        named = detector.named_parameters()
+        frozen = sum(p.numel() for key, p in named if key.startswith(f"{name}.") and not p.requires_grad)
         yield (
             name,
             f"{count:,}",
@@ -89,15 +93,6 @@ def module_rows(detector: nn.Module, groups: list[Group]) -> Iterator[tuple[str,
             f"{frozen:,}",
             *(_range([group[key] for group in mine if key in group]) for key in ("lr", "weight_decay")),
         )
-
-
-def size_of(parameter: Any) -> int:
-    """Elements; under ZeRO-3 of the whole parameter, which is not here."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _within(key: str, module: str) -> bool:
-    return key.startswith(f"{module}.")
 
 
 def _range(values: list[Any]) -> str:

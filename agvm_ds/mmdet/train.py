@@ -104,6 +104,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
     setup = optimizer.build(detector, cfg, plan)
+    modules = list(rehearsal.module_rows(detector, setup.groups))  # before ZeRO cuts the parameters
     unrounded = keep_unrounded(detector) if plan.half else {}
     saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
     if options.dry_run:
@@ -129,7 +130,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     for note in plan.notes:
         logger.info(note)
     if options.dry_run:
-        rehearsal.rehearse(cfg, plan, runner, loader, setup.groups, updates)
+        rehearsal.rehearse(cfg, plan, runner, loader, modules, updates)
         return
     if options.resume:
         runner.resume_state(loader, options.allow_older)
@@ -232,7 +233,7 @@ def make_runner(
         default_args={
             "model": model,
             "optimizer": engine.basic_optimizer,
-            "work_dir": cfg.work_dir,
+            "work_dir": None if options.dry_run else cfg.work_dir,  # which the runner makes
             "logger": get_root_logger(),
             "meta": meta,
             "batch": plan.batch,
