@@ -41,7 +41,7 @@ class Run:
         lines = list(self.val.values())
         names = [key for key in (lines[-1] if lines else {}) if key not in NO_METRICS and not key.endswith("copypaste")]
         preferred = [key for key in names if key.endswith("mAP")] + [key for key in names if key == "PQ"]
-        return (preferred or names or [None])[0]
+        return next(iter(preferred or names), None)
 
     def curve(self, key: str, mode: str = "train") -> tuple[list[int], list[float]]:
         """(updates, values) of a log entry, where it is a number."""

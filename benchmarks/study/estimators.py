@@ -6,7 +6,7 @@ products, module by module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ COLUMNS = 4096
 def inner_products(weights: Path, gradients: int = GRADIENTS) -> dict[str, Array]:
     """module -> (gradients, gradients): inner products of the gradients of so many micro-batches, at these weights."""
     cfg = read_config(str(DETECTOR))
-    detector = detector_of(cfg)
+    detector: Any = detector_of(cfg)
     load_checkpoint(detector, str(weights), map_location="cpu")
     detector.train()
     members = {group[MODULE]: group[PARAMS] for group in param_groups(detector, modules_of(detector))}
@@ -74,7 +74,7 @@ def gram(rows: NDArray[np.float32]) -> Array:
     return result
 
 
-def estimates(products: Array, members: Sequence[int]) -> tuple[float, float]:
+def estimates(products: Array, members: NDArray[np.int64]) -> tuple[float, float]:
     """(pairwise, split) of the update whose micro-batches are these; split's halves are the first and the last."""
     some = products[np.ix_(members, members)]
     n, half = len(members), len(members) // 2

@@ -18,7 +18,7 @@ from benchmarks.study.plan import Cell, Study
 from benchmarks.study.protocol import ALONE, BATCHES, METHODS, MODULATED
 from benchmarks.study.tables import scores, title
 
-STYLES = [
+STYLES: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#0072B2", "linestyle": "--", "marker": "s"},
     {"color": "#D55E00", "linestyle": "-.", "marker": "^"},

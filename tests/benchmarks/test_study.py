@@ -141,7 +141,7 @@ def test_the_estimators_agree_with_the_formulas_on_inner_products() -> None:
     products = estimators.gram(gradients)
     some = gradients[:8].astype(np.float64)
     s2, g2 = float((some**2).sum()), float((some.mean(0) ** 2).sum())
-    pairwise, split = estimators.estimates(products, range(8))
+    pairwise, split = estimators.estimates(products, np.arange(8))
     assert pairwise == pytest.approx(pairwise_variance(s2, g2, 8))
     a, b = some[:4].mean(0), some[4:].mean(0)
     assert split == pytest.approx(1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b))
