@@ -36,7 +36,7 @@ test-faults: $(STAMP) ## every fault that a run survives, in real processes: a t
 test-hosts: $(STAMP) ## launches over two and three hosts, network namespaces of this machine: needs root, sshd and pdsh (about 8 minutes)
 	$(BIN)/python -m pytest -m "" tests/hosts
 
-bench: $(STAMP) ## what AGVM adds to an update: time, memory, bytes; the trainer beside mmdet's (about 50 minutes on 2 cores)
+bench: $(STAMP) ## what AGVM adds to an update: time, memory, bytes; the trainer beside mmdet's (about 80 minutes on 2 cores)
 	$(BIN)/python -m benchmarks
 
 recipes: $(STAMP) ## every recipe of configs/, shrunk to two updates: a table (about 10 minutes)
