@@ -122,9 +122,9 @@ def values(schema: Mapping[str, Any]) -> str:
         return f"[{', '.join(values(one) for one in schema['prefixItems'])}]"
     kind = schema["type"]
     if kind == "array":
-        return f"a list of: {values(schema['items'])}"
+        return f"[{values(schema['items'])}, …]"
     if kind == "object":
-        return f"an object, name → {values(schema['additionalProperties'])}"
+        return f"{{name: {values(schema['additionalProperties'])}, …}}"
     words = {"boolean": "`true` or `false`", "null": "`null`", "string": "string"}
     return words.get(kind) or kind + bounds(schema)
 

@@ -144,7 +144,7 @@ def test_the_table_of_keys_has_every_key_with_its_meaning() -> None:
     assert by_key["interval"][1:3] == ["integer ≥ 1", "`10`"]
     assert by_key["ema_decay"][1] == "number ≥ 0, ≤ 1"
     assert by_key["estimator"][1] == '`"pairwise"` or `"split"`'
-    assert by_key["modules"][1] == "a list of: string, or an object, name → a list of: string, or `null`"
+    assert by_key["modules"][1] == "[string, …], or {name: [string, …], …}, or `null`"
     assert TEXTS["docs/json-reference.md"].count(docs_hooks.KEYS) == 1
 
 
