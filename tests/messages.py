@@ -20,9 +20,9 @@ VALUE = "…"
 SENTENCE = 3
 """Words from which on a text is a message wherever it stands; where messages are told, or after a colon, one is enough."""
 WORD = re.compile(r"[^\W\d]{2,}\S*(?:\s|$)")
-TELLING = {"refuse", "note", "warning", "_warn", "_warn_once", "say", "error", "Problem", "ArgumentError"}
+TELLING = {"refuse", "note", "warning", "_warn", "_warn_once", "say", "error", "Problem", "ArgumentError", "Check"}
 """Calls that are made to tell one."""
-SHOWING = {"add", "add_argument", "ArgumentParser", "print", "info", "waiting", "table", "Table", "add_row"} | {
+SHOWING = {"add", "add_argument", "ArgumentParser", "print", "info", "waiting", "_say", "table", "Table", "add_row"} | {
     *("Row", "Picture", "set_title", "legend", "dress", "plot_modules", "_panels"),
 }
 """Calls whose text is of another kind: help, progress, tables, pictures."""
@@ -37,7 +37,7 @@ OTHER_FILES = {
 
 OTHER_TEXTS = {
     "a remedy, which the doctor prints below its problem": (
-        "python scripts/build_mmcv.py",
+        "pip install -e .",
         "make the environment with such a Python",
         "install Python's headers (Debian: apt install python3.11-dev)",
         'pip install -c constraints.txt "……"',
@@ -45,6 +45,7 @@ OTHER_TEXTS = {
         'pip install -c constraints.txt "setuptools<81"',
         "install g++ (Debian: apt install g++), or set CXX to a C++20 compiler",
         "pip install -c constraints.txt ninja",
+        "source …/activate",
         "first mend the packages above",
         "see what nvidia-smi says and whether torch is a CUDA build; or set DS_ACCELERATOR=cpu to mean it",
         "install nvcc of CUDA …, set CUDA_HOME, then python scripts/build_mmcv.py",
@@ -53,6 +54,7 @@ OTHER_TEXTS = {
         "an IterBasedRunner has no epochs, after which mmcv uses the averages: trained weights are published",
         "each host has a work dir of its own",
         "the hosts share the work dir",
+        "…: checkpoint.… is …",
         "; the config's … is set aside",
         "--revert-sync-bn: … layers of SyncBN train as BN",
     ),
@@ -96,7 +98,9 @@ OTHER_TEXTS = {
     "Python's own wording, for a name that the package does not have": ("module … has no attribute …",),
     "what a line of the lock file says, and the message about it quotes": ("rank 0 is process … on …, since …",),
     "cut out of another program's message": (". This is typically",),
-    "a command, printed or run": ("deepspeed … launch/train.py …",),
+    "looked for in a file": ('"format": "…"', '"version": …'),
+    "the key by which a warning is said once": ("undefined …", "frozen …"),
+    "how messages begin or end": ("error: …", "AGVM: …", "AGVM, update …: …", "update …: …", "… (said once)"),
 }
 """Why texts are no messages -> those texts."""
 
@@ -118,21 +122,18 @@ def messages() -> list[Message]:
 @cache
 def texts() -> tuple[Message, ...]:
     """All that look like a message, those in OTHER_TEXTS too."""
-    trees = {file: ast.parse(file.read_text()) for folder in ("agvm_ds", "launch") for file in _sources(folder)}
-    constants = {file: dict(_constants(tree)) for file, tree in trees.items()}
-    named = {pair for own in constants.values() for pair in own.items()}
-    anywhere = {name: text for name, text in named if sum(name == other for other, _ in named) == 1}
+    trees = {name: ast.parse((ROOT / name).read_text()) for folder in ("agvm_ds", "launch") for name in _sources(folder)}
+    constants = {name: dict(_constants(tree)) for name, tree in trees.items()}
     found = []
-    for file, tree in trees.items():
-        name = file.relative_to(ROOT).as_posix()
+    for name, tree in trees.items():
+        reader = _Reader({**constants[name], **dict(_imported(tree, constants))})
         if name not in OTHER_FILES:
-            reader = _Reader({**anywhere, **constants[file]})
             found += [Message(f"{name}:{line}", text) for line, text in reader.read(tree)]
     return tuple(found)
 
 
-def _sources(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def _sources(folder: str) -> list[str]:
+    return sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob("*.py"))
 
 
 def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -140,6 +141,14 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield from ((target.id, node.value.value) for target in node.targets if isinstance(target, ast.Name))
+
+
+def _imported(tree: ast.Module, constants: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """Those of other files."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            there = constants.get(f"{str(node.module).replace('.', '/')}.py", {})
+            yield from ((one.asname or one.name, there[one.name]) for one in node.names if one.name in there)
 
 
 class _Reader:
@@ -190,7 +199,8 @@ def _called(node: ast.Call) -> str:
 def _shows(node: ast.Call) -> bool:
     """Whether a call's arguments are texts of another kind; ``notes`` are what a run has settled."""
     notes = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value).endswith("notes")
-    return _called(node) in SHOWING or notes
+    elsewhere = any(keyword.arg == "file" for keyword in node.keywords)  # print(..., file=sys.stderr)
+    return notes or (_called(node) in SHOWING and not elsewhere)
 
 
 def normalised(text: str) -> str:
