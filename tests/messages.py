@@ -50,6 +50,15 @@ OTHER_TEXTS = {
         "see what nvidia-smi says and whether torch is a CUDA build; or set DS_ACCELERATOR=cpu to mean it",
         "install nvcc of CUDA …, set CUDA_HOME, then python scripts/build_mmcv.py",
     ),
+    "what others say, which is looked for, and progress of a search": (
+        "CUDA out of memory",
+        "exits with return code = -9",
+        "… images a micro-batch: fits…",
+        "… images a micro-batch: out of memory",
+        "or more: --most ends the search",
+        "the largest that fits",
+        "… images a micro-batch: …",
+    ),
     "a note of what was settled, in the log at INFO": (
         "an IterBasedRunner has no epochs, after which mmcv uses the averages: trained weights are published",
         "each host has a work dir of its own",
