@@ -30,7 +30,7 @@ class TwoHeads(nn.Module):
 
 
 torch.manual_seed(0)
-engine, *_ = agvm_ds.initialize(model=TwoHeads(), config=CONFIG)
+engine = agvm_ds.initialize(model=TwoHeads(), config=CONFIG)[0]
 random = torch.Generator().manual_seed(1 + engine.global_rank)
 for update in range(1, 201):
     for _ in range(engine.gradient_accumulation_steps()):

@@ -131,7 +131,9 @@ def messages() -> list[Message]:
 @cache
 def texts() -> tuple[Message, ...]:
     """All that look like a message, those in OTHER_TEXTS too."""
-    trees = {name: ast.parse((ROOT / name).read_text()) for folder in ("agvm_ds", "launch") for name in _sources(folder)}
+    trees = {
+        name: ast.parse((ROOT / name).read_text()) for folder in ("agvm_ds", "launch") for name in _sources(folder)
+    }
     constants = {name: dict(_constants(tree)) for name, tree in trees.items()}
     found = []
     for name, tree in trees.items():
