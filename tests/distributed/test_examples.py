@@ -27,4 +27,5 @@ def test_without_mmdet_it_learns_and_its_heads_are_modulated(tmp_path: Path) -> 
     factors = {name: float(mu) for name, mu in (pair.split() for pair in shown[-1][2].split(", "))}
     assert factors.pop("encoder") == 1.0
     assert set(factors) == {"decoder", "classifier"}
-    assert all(low <= mu <= high and abs(mu - 1) > 0.02 for mu in factors.values()), factors
+    assert all(low <= mu <= high and mu != 1 for mu in factors.values()), factors
+    assert factors["decoder"] > 1.2
