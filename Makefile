@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-faults test-hosts bench recipes detectors lint doctor clean
+.PHONY: help setup demo test test-faults test-hosts bench recipes detectors study study-report lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,7 +36,7 @@ test-faults: $(STAMP) ## every fault that a run survives, in real processes: a t
 test-hosts: $(STAMP) ## launches over two and three hosts, network namespaces of this machine: needs root, sshd and pdsh (about 8 minutes)
 	$(BIN)/python -m pytest -m "" tests/hosts
 
-bench: $(STAMP) ## what AGVM adds to an update: time, memory, bytes; the trainer beside mmdet's (about 50 minutes on 2 cores)
+bench: $(STAMP) ## what AGVM adds to an update: time, memory, bytes; the trainer beside mmdet's (about 80 minutes on 2 cores)
 	$(BIN)/python -m benchmarks
 
 recipes: $(STAMP) ## every recipe of configs/, shrunk to two updates: a table (about 10 minutes)
@@ -44,6 +44,13 @@ recipes: $(STAMP) ## every recipe of configs/, shrunk to two updates: a table (a
 
 detectors: $(STAMP) ## the modules of every detector that mmdet ships, and a training of nineteen kinds: tables (about 15 minutes)
 	$(BIN)/python -m benchmarks.zoo
+
+study: $(STAMP) ## the large-batch study of docs/study.md: what is left of it, two runs at a time (days on 2 cores; it may be interrupted)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[study]
+	$(BIN)/python -m benchmarks.study run
+
+study-report: $(STAMP) ## its tables and figures, from the committed lines (seconds)
+	$(BIN)/python -m benchmarks.study report
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

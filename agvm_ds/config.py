@@ -42,7 +42,7 @@ def _refuse(message: str) -> PydanticCustomError:
 class AGVMConfig(BaseModel):
     """The keys of the ``agvm`` block (AGVM paper, arXiv 2210.11078, sections 3.2 and 3.3; all steps count updates from 0)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     enabled: StrictBool = True
     """``false`` is plain DeepSpeed, bit for bit."""

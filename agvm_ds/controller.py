@@ -41,6 +41,9 @@ class Measure:
     noise_scales: dict[str, float]
     ratios: dict[str, float]
     scale_factors: dict[str, float]
+    noises: dict[str, float]
+    signals: dict[str, float]
+    """Whose ratio is the noise scale: see agvm_ds.variance.noise_and_signal."""
 
 
 class Controller:
@@ -48,6 +51,7 @@ class Controller:
 
     ``scale_factors``: module -> mu, 1 before its first measure. ``variances``: module -> Phi of the last measure, nan
     before the first or when undefined. ``noise_scales``: module -> B in images. ``steps``: updates seen.
+    ``rates``: module -> learning rate of its first group in the last update; ``effective_rates``: with its scale factor.
     ``listeners`` are called on every rank with each Measure whose update was applied.
     """
 
@@ -62,6 +66,8 @@ class Controller:
         self.scale_factors = dict.fromkeys(self.modules, 1.0)
         self.variances = dict.fromkeys(self.modules, math.nan)
         self.noise_scales = dict.fromkeys(self.modules, math.nan)
+        self.rates: dict[str, Any] = optimizer.rates
+        self._applied: Mapping[str, float] = {}
         self.steps = 0
         self.measured = 0
         self.listeners: list[Callable[[Measure], None]] = []
@@ -158,12 +164,21 @@ class Controller:
                 factors[name] = moving_average(factors[name], ratios[name], self.config.ema_decay)
         variances = {name: estimate.variance for name, estimate in found.items()}
         noise_scales = {name: estimate.noise_scale for name, estimate in found.items()}
-        return Measure(t, variances, noise_scales, ratios, factors)
+        noises = {name: estimate.noise for name, estimate in found.items()}
+        signals = {name: estimate.signal for name, estimate in found.items()}
+        return Measure(t, variances, noise_scales, ratios, factors, noises, signals)
 
     def modulation(self, t: int, measure: Measure | None) -> AbstractContextManager[None]:
         """The context in which update t steps: an update that measures steps with its own result already."""
         factors = measure.scale_factors if measure else self.scale_factors
-        return self.optimizer.modulated(factors if self.config.active(t) and self.config.modulate else {})
+        self.rates = self.optimizer.rates  # now: DeepSpeed's scheduler moves them within the step
+        self._applied = factors if self.config.active(t) and self.config.modulate else {}
+        return self.optimizer.modulated(self._applied)
+
+    @property
+    def effective_rates(self) -> dict[str, float]:
+        """Module -> the learning rate that its first parameter group stepped with in the last update."""
+        return {name: float(rate) * self._applied.get(name, 1.0) for name, rate in self.rates.items()}
 
     def finish(self, t: int, measure: Measure | None) -> None:
         """Update t is over; ``measure`` is None when it was not measured, or the step was skipped."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import difflib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,12 +79,17 @@ LIKENESS = 0.75
 def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A DeepSpeed configuration as a dict of its own: of a dict, or of a file in JSON or Hjson, as DeepSpeed reads it.
 
+    JSON in base64, in the place of a file's name, is what DeepSpeed's autotuner passes.
+
     Raises ConfigError for a file that is no configuration, with the position of the mistake, and, all together, for
     top-level keys that are like a known one and for values of another kind than DeepSpeed's. Any other unknown key is
     the user's own: see ``unknown_keys``.
     """
-    where = "" if isinstance(config, Mapping) else f"{config}: "
-    loaded = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else _read(Path(config))
+    where, given = "", config if isinstance(config, Mapping) else _decoded(str(config))
+    if given is None:
+        where, loaded = f"{config}: ", _read(Path(str(config)))
+    else:
+        loaded = copy.deepcopy(dict(given))
     problems = [*_slips(loaded), *_shapes(loaded), *_values(loaded)]
     if problems:
         raise ConfigError("\n  ".join([f"{where}the DeepSpeed config has mistakes:", *problems]))
@@ -92,6 +99,15 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     """The top-level keys that neither DeepSpeed nor AGVM reads."""
     return [key for key in config if key not in BLOCKS and key not in VALUES and key != BLOCK]
+
+
+def _decoded(text: str) -> dict[str, Any] | None:
+    """The object that a text is in base64; None for any other text."""
+    try:
+        found = json.loads(base64.b64decode(text, altchars=b"-_", validate=True))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.controller import Controller
 from agvm_ds.deepspeed_json import load_config, unknown_keys
 from agvm_ds.groups import PARAMS, cut_groups
+from agvm_ds.health import Health
 from agvm_ds.monitor import deepspeed_events
 from agvm_ds.optimizer import AGVM
 from agvm_ds.scalars import mend_scalars, scalars_sent
@@ -154,6 +155,8 @@ def _controller(engine: Any, optimizer: AGVM, block: AGVMConfig) -> Controller:
     if (warning := warning_of(optimizer.base, int(engine.zero_optimization_stage()))) and engine.global_rank == 0:
         logger.warning("AGVM: %s", warning)
     controller = Controller(block, optimizer, shards_of(engine, optimizer))
+    if engine.global_rank == 0:
+        controller.listeners.append(Health(controller))
     if engine.monitor.enabled and engine.global_rank == 0:
         controller.listeners.append(deepspeed_events(controller))
     _join_backward(engine, controller)

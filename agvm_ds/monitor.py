@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from agvm_ds.controller import Controller, Measure
-from agvm_ds.groups import MODULE
 
 FILE_NAME = "agvm.jsonl"
 
@@ -25,10 +24,9 @@ def plain_number(value: float) -> float | str | None:
 class JsonLines:
     """A listener that appends one line a measured update to ``path``.
 
-    {"update", "samples", "anchor", "modules": {name: {"variance", "ratio", "scale_factor", "noise_scale", "lr"}}}:
-    ``samples`` counts images up to and including the update, ``lr`` is the unmodulated rate of the module's first group,
-    undefined values are null. Lines from ``controller.steps`` on, left by a run that went further than its last
-    checkpoint, are dropped at the start, and lines that a killed run left unfinished.
+    {"update", "samples", "anchor", "modules": {name: {quantity: number}}}: ``samples`` counts images up to and including the
+    update, the quantities are those of ``columns_of``, undefined values are null. Lines from ``controller.steps`` on, left
+    by a run that went further than its last checkpoint, are dropped at the start, and so are unfinished ones.
     """
 
     def __init__(self, path: Path, controller: Controller) -> None:
@@ -49,15 +47,9 @@ class JsonLines:
             file.write(json.dumps(self._record(measure)) + "\n")
 
     def _record(self, measure: Measure) -> dict[str, Any]:
-        rates = learning_rates(self.controller)
-        columns = {
-            "variance": measure.variances,
-            "ratio": measure.ratios,
-            "scale_factor": measure.scale_factors,
-            "noise_scale": measure.noise_scales,
-            "lr": rates,
-        }
-        modules = {name: {key: plain_number(column[name]) for key, column in columns.items()} for name in rates}
+        columns = columns_of(measure, self.controller)
+        names = self.controller.modules
+        modules = {name: {key: plain_number(column[name]) for key, column in columns.items()} for name in names}
         samples = int(self.controller.shards.engine.global_samples)
         return {"update": measure.update, "samples": samples, "anchor": self.controller.anchor, "modules": modules}
 
@@ -70,30 +62,37 @@ def _update_of(line: str) -> float:
         return math.inf
 
 
-def learning_rates(controller: Controller) -> dict[str, float]:
-    """module -> the learning rate that its first parameter group shows."""
-    rates: dict[str, float] = {}
-    for group in controller.optimizer.param_groups:
-        rates.setdefault(group[MODULE], float(group["lr"]))
-    return {name: rates[name] for name in controller.modules}
+def columns_of(measure: Measure, controller: Controller) -> dict[str, dict[str, float]]:
+    """Quantity -> module -> its number in a measured update, nan where undefined.
+
+    ``lr`` is what the module's first group shows, ``effective_lr`` what it stepped with.
+    """
+    return {
+        "variance": measure.variances,
+        "ratio": measure.ratios,
+        "scale_factor": measure.scale_factors,
+        "lr": {name: float(rate) for name, rate in controller.rates.items()},
+        "effective_lr": controller.effective_rates,
+        "noise_scale": measure.noise_scales,
+        "noise": measure.noises,
+        "signal": measure.signals,
+    }
 
 
 def deepspeed_events(controller: Controller) -> Callable[[Measure], None]:
-    """A listener that hands every defined number to DeepSpeed's monitor, against the samples seen."""
+    """A listener that hands every defined number to DeepSpeed's monitor, against the samples seen, as DeepSpeed does its own.
+
+    Names: Train/AGVM/<module>/<quantity of columns_of>, and Train/AGVM/update, the number of the update at these samples.
+    """
 
     def write(measure: Measure) -> None:
         engine = controller.shards.engine
-        columns = {
-            "variance": measure.variances,
-            "scale_factor": measure.scale_factors,
-            "noise_scale": measure.noise_scales,
-        }
         events = [
             (f"Train/AGVM/{name}/{key}", value, engine.global_samples)
-            for key, column in columns.items()
+            for key, column in columns_of(measure, controller).items()
             for name, value in column.items()
             if math.isfinite(value)
         ]
-        engine.monitor.write_events(events)
+        engine.monitor.write_events([("Train/AGVM/update", measure.update, engine.global_samples), *events])
 
     return write

@@ -62,6 +62,14 @@ class AGVM(Optimizer):
         """The modules' names, in the order of the groups."""
         return list(dict.fromkeys(owned.module for owned in self.owned))
 
+    @property
+    def rates(self) -> dict[str, Any]:
+        """Module -> the learning rate that its first parameter group shows: a number, or a tensor if it was given as one."""
+        rates: dict[str, Any] = {}
+        for group in self.param_groups:
+            rates.setdefault(group[MODULE], group["lr"])
+        return rates
+
     @contextmanager
     def modulated(self, factors: Mapping[str, float]) -> Iterator[None]:
         """Steps within this context use lr_i factors[i]; a module without a factor uses lr_i."""

@@ -56,15 +56,25 @@ def _clamped(phi: float) -> float:
     return min(max(phi, 0.0), 2.0)
 
 
+def noise_and_signal(s2: float, g2: float, n: int, images: int) -> tuple[float, float]:
+    """images (m - c) and c: unbiased estimates of the trace of one image's gradient covariance, and of |true gradient|^2.
+
+    ``images``: images in a micro-batch. Means of each over many updates give a noise scale with less error than the mean of
+    their ratios (McCandlish et al., 2018, appendix A.1). c may come out below 0.
+    """
+    m, c = micro_moments(s2, g2, n)
+    return images * (m - c), c
+
+
 def noise_scale(s2: float, g2: float, n: int, images: int) -> float:
     """The gradient noise scale B = images (m - c) / c, in images: the critical batch size (McCandlish et al., 2018).
 
     ``images``: images in a micro-batch. Infinite when c <= 0, UNDEFINED when every g_k is zero.
     """
-    m, c = micro_moments(s2, g2, n)
-    if m == 0:
+    noise, signal = noise_and_signal(s2, g2, n, images)
+    if s2 == 0:
         return UNDEFINED
-    return images * (m - c) / c if c > 0 else math.inf
+    return noise / signal if signal > 0 else math.inf
 
 
 def variance_ratio(anchor: float, module: float, eps: float, bounds: tuple[float, float]) -> float:

@@ -48,10 +48,15 @@ def save(folder: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> N
 
 def with_table(document: str, name: str, table: str) -> str:
     """The document with a table, and what it was measured on, between its two marks. Raises LookupError without them."""
+    about = describe()
+    said = f"{about['date']}, {about['machine']}; {about['versions']}."
+    return between_marks(document, name, f"{said}\n\n{table}")
+
+
+def between_marks(document: str, name: str, text: str) -> str:
+    """The document with this text between its two marks. Raises LookupError without them."""
     head, begin, rest = document.partition(f"<!-- begin of {name} -->\n")
     _, end, tail = rest.partition(f"<!-- end of {name} -->\n")
     if not (begin and end):
         raise LookupError(f"the document has no place for {name}")
-    about = describe()
-    said = f"{about['date']}, {about['machine']}; {about['versions']}."
-    return f"{head}{begin}\n{said}\n\n{table.strip()}\n\n{end}{tail}"
+    return f"{head}{begin}\n{text.strip()}\n\n{end}{tail}"

@@ -1,6 +1,6 @@
 """What AGVM adds to the time of an update, as ratios to plain DeepSpeed.
 
-    python -m benchmarks.updates                    40 minutes on two cores
+    python -m benchmarks.updates                    an hour on two cores
     python -m benchmarks.updates --rounds 10        a rough look
     python -m benchmarks.updates --only parameters  one of the workloads
 
@@ -173,14 +173,15 @@ def rows_of(case: Case, seconds: Sequence[Sequence[float]]) -> list[dict[str, An
     ]
 
 
-def measure(cases: Sequence[Case], rounds: int) -> list[dict[str, Any]]:
-    """All rows, case after case."""
-    rows = []
+def measure(cases: Sequence[Case], rounds: int, folder: Path | None) -> list[dict[str, Any]]:
+    """All rows, saved case after case."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         for case in cases:
             some = rounds if case.workload == "demo" else max(rounds // 4, LEAST)
             by_rank = run_ranks(timed, case.ranks, Path(place), case, some, timeout=3600)
             rows += rows_of(case, by_rank[0])
+            save(folder, "updates", rows)
     return rows
 
 
@@ -225,8 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         if args.only in (None, case.workload) and case.stage in args.stages and case.ranks in args.ranks
     ]
     torch.set_num_threads(1)
-    rows = measure(cases, args.rounds)
-    save(args.save, "updates", rows)
+    rows = measure(cases, args.rounds, args.save)
     text = tables(rows)
     print(text)
     return text

@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
         help="leave out annotations of categories not in the classes (looked for in COCO data sets only)",
     )
     add("--revert-sync-bn", action="store_true", help="train with BN where the config has SyncBN, which needs a GPU")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="build all, make one update, print modules, schedule and memory; write nothing",
+    )
     add("--auto-scale-lr", action="store_true", help="the config's rate x global batch / auto_scale_lr.base_batch_size")
     result.add_common()
     return deepspeed.add_config_arguments(result)  # type: ignore[no-any-return]
@@ -70,6 +75,7 @@ def main() -> None:
             auto_scale_lr=args.auto_scale_lr,
             allow_other_categories=args.allow_other_categories,
             revert_sync_bn=args.revert_sync_bn,
+            dry_run=args.dry_run,
             cfg_options=args.cfg_options,
         )
     )

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import agvm_ds
-from agvm_ds.monitor import learning_rates
 from tests.toy import Toy, micro_batch
 
 ROWS = 4
@@ -124,7 +123,7 @@ def record(engine: Any) -> Record:
         dict(agvm.scale_factors),
         dict(agvm.variances),
         dict(agvm.noise_scales),
-        learning_rates(agvm),
+        {name: float(rate) for name, rate in agvm.optimizer.rates.items()},
         masters(engine),
         agvm.steps,
         agvm.measured,

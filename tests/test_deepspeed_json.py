@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,16 @@ def test_hjson_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "ds.hjson"
     path.write_text("\ufeff{\n  # a comment\n  train_batch_size: 4\n  fp16: {enabled: false},\n}\n")
     assert load_config(path) == {"train_batch_size": 4, "fp16": {"enabled": False}}
+
+
+def test_the_autotuners_base64_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    """It is longer than a file's name may be."""
+    config = {"train_batch_size": 4, "agvm": {"modules": [f"layer{index}" for index in range(200)]}}
+    for text in (json.dumps(config), json.dumps({**config, "team": "??>>~~"})):
+        encoded = base64.urlsafe_b64encode(text.encode()).decode()
+        assert load_config(encoded) == json.loads(text)
+    with pytest.raises(ConfigError, match="DeepSpeed config not found: abcd"):
+        load_config("abcd")
 
 
 @pytest.mark.parametrize(

@@ -33,14 +33,18 @@ class Outcome:
         return set(self.codes) == {0}
 
 
-def launch(script: str, arguments: Sequence[str], place: Path, ranks: int = 2, timeout: float = 120) -> Outcome:
-    """Run ``launch/<script>`` in ``ranks`` processes, as DeepSpeed's launcher would start them."""
+def launch(
+    script: str, arguments: Sequence[str], place: Path, ranks: int = 2, timeout: float = 120, folder: str = "launch"
+) -> Outcome:
+    """Run ``<folder>/<script>`` in ``ranks`` processes, as DeepSpeed's launcher would start them."""
     place.mkdir(parents=True, exist_ok=True)
     output = place / f"output_{len(list(place.glob('output_*')))}.txt"
     output.touch()
     with launch_port() as port:
         processes = [
-            CONTEXT.Process(target=_rank, args=(script, list(arguments), rank, ranks, port, str(output)))
+            CONTEXT.Process(
+                target=_rank, args=(ROOT / folder / script, list(arguments), rank, ranks, port, str(output))
+            )
             for rank in range(ranks)
         ]
         hung = _hung(processes, timeout)
@@ -63,14 +67,14 @@ def _hung(processes: list[Any], timeout: float) -> list[int]:
     return hung
 
 
-def _rank(script: str, arguments: list[str], rank: int, ranks: int, port: int, output: str) -> None:
+def _rank(script: Path, arguments: list[str], rank: int, ranks: int, port: int, output: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = [script, f"--local_rank={rank}", *arguments]
-    runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+    sys.argv = [str(script), f"--local_rank={rank}", *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def data_options(digits: Path) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class Estimate:
     """Phi, in [0, 2]."""
     noise_scale: float = math.nan
     """B in images; inf when the micro-gradients do not agree at all."""
+    noise: float = math.nan
+    """Trace of one image's gradient covariance."""
+    signal: float = math.nan
+    """|true gradient|^2, which may come out below 0: noise_scale is noise / signal."""
 
 
 class Estimator(ABC):

@@ -7,12 +7,13 @@ import torch
 from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator
 from agvm_ds.estimators.preconditioning import inverse_denominator
 from agvm_ds.shards import Piece, Shards
-from agvm_ds.variance import noise_scale, pairwise_variance
+from agvm_ds.variance import noise_and_signal, noise_scale, pairwise_variance
 
 
 def _estimate(s2: float, g2: float, n: int, shards: Shards) -> Estimate:
     images = int(shards.engine.train_micro_batch_size_per_gpu())
-    return Estimate(pairwise_variance(s2, g2, n), noise_scale(s2, g2, n, images))
+    noise, signal = (value / shards.loss_scale**2 for value in noise_and_signal(s2, g2, n, images))
+    return Estimate(pairwise_variance(s2, g2, n), noise_scale(s2, g2, n, images), noise, signal)
 
 
 class Pairwise(Estimator):

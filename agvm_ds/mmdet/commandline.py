@@ -52,7 +52,7 @@ class CfgOptions(DictAction):  # type: ignore[misc]
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
     return value

@@ -14,6 +14,7 @@ from torch import nn
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of
+from agvm_ds.mmdet.progress import counted
 from agvm_ds.mmdet.randomness import untouched_randomness
 from agvm_ds.mmdet.signals import StopAsked
 
@@ -74,12 +75,13 @@ class EngineEvalHook(DistEvalHook):
         except StopAsked:
             runner.stop()
             raise
-        runner.log_buffer.output["eval_iter_num"] = len(self.dataloader)
+        runner.log_buffer.output |= {"eval_iter_num": len(self.dataloader), "update": self.engine.global_steps}
         return key_score
 
     def _measured(self, runner: Any) -> float | None:
         self.detector.load_state_dict(runner.weights())
-        batches = runner.watch.listening(self.dataloader, self.engine.device)
+        shown = counted(self.dataloader, len(self.dataloader), "evaluation", runner.rank)
+        batches = runner.watch.listening(shown, self.engine.device)
         shares = detect(self.detector, batches, self.engine.device)
         self.latest_results = collect(shares, len(self.dataloader.dataset))
         return self.evaluate(runner, self.latest_results)
@@ -110,14 +112,17 @@ class EngineEvalHook(DistEvalHook):
 
 @HOOKS.register_module()
 class AGVMLogHook(Hook):
-    """Each module's scale factor and the gradient's norm in mmcv's log, averaged over its interval."""
+    """In mmcv's log, averaged over its interval: the gradient's norm, each module's scale factor and effective rate."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
     def after_train_iter(self, runner: Any) -> None:
         """Add this update's numbers to the log buffer."""
-        numbers = {f"mu/{name}": mu for name, mu in self.engine.agvm.scale_factors.items()} if self.engine.agvm else {}
+        numbers: dict[str, float] = {}
+        if self.engine.agvm is not None:
+            numbers = {f"mu/{name}": mu for name, mu in self.engine.agvm.scale_factors.items()}
+            numbers |= {f"lr/{name}": rate for name, rate in self.engine.agvm.effective_rates.items()}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             numbers["grad_norm"] = float(norm)
@@ -126,9 +131,13 @@ class AGVMLogHook(Hook):
 
 @HOOKS.register_module()
 class ThroughputHook(Hook):
-    """Seconds spent in updates, data loading included, evaluation and checkpoints not."""
+    """Seconds spent in updates, data loading included, evaluation and checkpoints not; images/s in mmcv's log.
 
-    def __init__(self) -> None:
+    images: in an update.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.images = images
         self.seconds = 0.0
         self.updates = 0
         self._since = time.perf_counter()
@@ -146,4 +155,11 @@ class ThroughputHook(Hook):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds, self.updates, self._since = self.seconds + now - self._since, self.updates + 1, now
+        taken = now - self._since
+        self.seconds, self.updates, self._since = self.seconds + taken, self.updates + 1, now
+        runner.log_buffer.update({"images/s": self.images / taken})
+
+    @property
+    def speed(self) -> float:
+        """Images a second so far."""
+        return self.updates * self.images / self.seconds if self.seconds else 0.0

@@ -12,6 +12,7 @@ from torch import nn
 
 from agvm_ds.mmdet.losses import parse_losses
 from agvm_ds.mmdet.nonfinite import NumberWatch
+from agvm_ds.mmdet.signals import RankWatch
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -26,19 +27,23 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 class EngineModel(nn.Module):
     """A DeepSpeed engine with the two methods that mmcv's runner calls; ``module`` is the detector.
 
-    published: a plain detector for the whole weights that are evaluated and published; None where nothing is validated.
+    stops: hears with an update's losses who was asked to stop. published: a plain detector for the whole weights that are
+    evaluated and published; None where nothing is validated.
     """
 
     engine: Any
     published: Any
 
-    def __init__(self, engine: Any, watch: NumberWatch, published: nn.Module | None = None) -> None:
+    def __init__(
+        self, engine: Any, watch: NumberWatch, stops: RankWatch | None = None, published: nn.Module | None = None
+    ) -> None:
         super().__init__()
         # Not submodules: the runner and its hooks reach the parameters through ``module`` alone.
         object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "published", published)
         self.module = engine.module
         self.watch = watch
+        self.stops = stops
         self.CLASSES = getattr(engine.module, "CLASSES", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,10 +71,10 @@ class EngineModel(nn.Module):
         for batch in data:
             inputs = to_device(batch, self.engine.device)
             losses = self.engine(return_loss=True, **inputs)
-            loss, output = self._losses(inputs, losses)
-            self.engine.backward(self.watch.checked(loss, output["log_vars"]["loss"], losses, inputs["img_metas"]))
+            loss, log_vars = parse_losses(self.module, losses, self.stops)
+            self.engine.backward(self.watch.checked(loss, log_vars["loss"], losses, inputs["img_metas"]))
             self.engine.step()
-            outputs.append(output)
+            outputs.append(_output(loss, log_vars, inputs))
         return outputs
 
     def val_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
@@ -77,12 +82,14 @@ class EngineModel(nn.Module):
         outputs = []
         for batch in data:
             inputs = to_device(batch, self.engine.device)
-            outputs.append(self._losses(inputs, self.published(return_loss=True, **inputs))[1])
+            loss, log_vars = parse_losses(self.module, self.published(return_loss=True, **inputs))
+            outputs.append(_output(loss, log_vars, inputs))
         return _merge(outputs)
 
-    def _losses(self, inputs: Mapping[str, Any], losses: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        loss, log_vars = parse_losses(self.module, losses)
-        return loss, {"loss": loss.detach(), "log_vars": log_vars, "num_samples": len(inputs["img_metas"])}
+
+def _output(loss: torch.Tensor, log_vars: dict[str, float], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step hands to mmcv."""
+    return {"loss": loss.detach(), "log_vars": log_vars, "num_samples": len(inputs["img_metas"])}
 
 
 def _merge(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

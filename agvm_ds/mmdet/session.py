@@ -119,10 +119,14 @@ def make_demo_data(name: str | None, cfg: Config) -> None:
                     raise HostError(f"the built-in data: {error}") from error
 
 
-def open_log(cfg: Config, work_dir: Path) -> logging.Logger:
-    """mmdet's logger: rank 0 writes text to the terminal and ``<time>.log``; AGVM's words go to the same places."""
+def open_log(cfg: Config, work_dir: Path | None) -> logging.Logger:
+    """mmdet's logger: rank 0 writes text to the terminal and ``<time>.log``; AGVM's words go to the same places.
+
+    work_dir: None writes no file.
+    """
     cfg.timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime())
-    logger = get_root_logger(str(work_dir / f"{cfg.timestamp}.log"), cfg.get("log_level", "INFO"))
+    file = None if work_dir is None else str(work_dir / f"{cfg.timestamp}.log")
+    logger = get_root_logger(file, cfg.get("log_level", "INFO"))
     own = logging.getLogger("agvm_ds")
     own.handlers, own.propagate = logger.handlers, False
     setup_multi_processes(cfg)

@@ -85,6 +85,7 @@ class RankWatch:
         self._on_death = on_death
         self._asked = threading.Event()
         self._stopping = False
+        self._heard: bool | None = None
         me = psutil.Process()
         mine = Peer(comm.get_rank(), this_place(), me.pid, me.create_time())
         found: list[Any] = [None] * comm.get_world_size()
@@ -116,12 +117,24 @@ class RankWatch:
             time.sleep(0.05)
         return found
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._asked.is_set()
+
+    def hear_of(self, anyone: bool) -> None:
+        """What the ranks have told each other, along with their losses, of who was asked; it answers ``stop_asked`` once."""
+        self._heard = anyone or bool(self._heard)
+
     def stop_asked(self, device: torch.device | str) -> bool:
         """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
-        flag = torch.tensor(float(self._asked.is_set()), device=device)
-        comm.all_reduce(flag)
-        self._stopping = bool(flag.item() > 0)
-        return self._stopping
+        heard, self._heard = self._heard, None
+        if heard is None:
+            flag = torch.tensor(float(self.asked), device=device)
+            comm.all_reduce(flag)
+            heard = bool(flag.item() > 0)
+        self._stopping = heard
+        return heard
 
     def listening(self, batches: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
         """The batches of an evaluation, of which each rank has as many; raises StopAsked on all ranks between two."""

@@ -9,9 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from agvm_ds.mmdet.detections import draw_detections, sample_of
 from agvm_ds.mmdet.hooks import EngineEvalHook, ThroughputHook
-from agvm_ds.mmdet.report import draw_detections, plot_modules, read_measures, sample_of, summary_table
 from agvm_ds.monitor import FILE_NAME
+from agvm_ds.report.figures import plot_modules
+from agvm_ds.report.measures import read_measures
+from agvm_ds.report.table import summary_table
 
 logger = logging.getLogger("agvm_ds")
 
@@ -20,16 +23,15 @@ DETECTIONS_PICTURE = "detections.png"
 
 
 def summarize(
-    work_dir: Path, evaluation: EngineEvalHook | None, clock: ThroughputHook, images: int, started: float, agvm: bool
+    work_dir: Path, evaluation: EngineEvalHook | None, clock: ThroughputHook, started: float, agvm: bool
 ) -> None:
     """Print the table and draw the pictures; rank 0 calls it.
 
-    images: in an update. started: the run's first moment, as ``time.perf_counter`` gives it.
+    started: the run's first moment, as ``time.perf_counter`` gives it.
     """
     log = work_dir / FILE_NAME
     metrics = evaluation.latest_metrics if evaluation is not None else None
-    speed = clock.updates * images / clock.seconds if clock.seconds else 0.0
-    table = summary_table(metrics, time.perf_counter() - started, speed, read_measures(log) if agvm else None)
+    table = summary_table(metrics, time.perf_counter() - started, clock.speed, read_measures(log) if agvm else None)
     written: list[Any] = []
     if agvm:
         written.append(plot_modules(log, work_dir / MODULES_PICTURE, work_dir.name))

@@ -22,6 +22,7 @@ from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
 from agvm_ds.mmdet.metrics import evaluation_options, refuse_beyond, wanted_metrics
 from agvm_ds.mmdet.outputs import make_folder
+from agvm_ds.mmdet.progress import counted
 from agvm_ds.mmdet.result_files import refuse_places, refuse_unformatted, write_formatted, write_json, write_pickle
 from agvm_ds.mmdet.saved import read_published
 from agvm_ds.mmdet.signals import RankWatch
@@ -87,7 +88,8 @@ def _measure(options: TestOptions, cfg: Config) -> dict[str, float]:
     show = {}
     if options.show_dir is not None:
         show = {"show": Drawing(options.show_dir, options.show_score_thr, detector, loader.dataset)}
-    results = collect(detect(detector, loader, device, **show), len(loader.dataset))
+    shown = counted(loader, len(loader), "detection", comm.get_rank())
+    results = collect(detect(detector, shown, device, **show), len(loader.dataset))
     found: dict[str, float] = {}
     with session.agreeing():
         if results is not None:

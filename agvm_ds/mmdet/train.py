@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,10 @@ from torch import nn
 
 import agvm_ds
 from agvm_ds.checkpoints import Placed
+from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import load_config
-from agvm_ds.mmdet import data, optimizer, session
+from agvm_ds.health import schedule_warnings
+from agvm_ds.mmdet import data, optimizer, rehearsal, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
@@ -34,12 +36,14 @@ from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.model import EngineModel
-from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
 from agvm_ds.mmdet.outputs import make_folder
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.precision import enable_half
 from agvm_ds.mmdet.pretrained import init_weights, provide
+from agvm_ds.mmdet.progress import ProgressHook, waiting
+from agvm_ds.mmdet.record import write_record
+from agvm_ds.mmdet.rehearsal import warm_up_updates
 from agvm_ds.mmdet.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.summary import summarize
 from agvm_ds.mmdet.sync_bn import settle_sync_bn
@@ -66,6 +70,8 @@ class TrainOptions:
     auto_scale_lr: bool = False
     allow_other_categories: bool = False
     revert_sync_bn: bool = False
+    dry_run: bool = False
+    """Build all, make one update, print what the run would be, and write nothing."""
     cfg_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,15 +83,16 @@ def train(options: TrainOptions) -> None:
     with watch.naming_the_dead():
         with session.agreeing():
             plan, cfg, work_dir = prepare(options)
-        with session.alone_in(work_dir):
+        with nullcontext() if options.dry_run else session.alone_in(work_dir):
             run(options, plan, cfg, work_dir, watch, started)
 
 
 def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: RankWatch, started: float) -> None:
     """A run whose ranks have met."""
-    session.make_demo_data(options.config, cfg)
-    plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
-    logger = session.open_log(cfg, work_dir)
+    with waiting("looking through the data sets"):
+        session.make_demo_data(options.config, cfg)
+        plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
+    logger = session.open_log(cfg, None if options.dry_run else work_dir)
     asked = options.seed if options.seed is not None else cfg.get("seed")
     asked = saved_seed(work_dir) if options.resume and asked is None else asked
     seed = session.settle_seed(cfg, asked, options.diff_seed, options.deterministic)
@@ -93,36 +100,57 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     for phase_loader in loaders:
         shield_workers(phase_loader)
     loader = loaders[[phase for phase, _ in cfg.workflow].index("train")]
-    detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
+    with waiting("building the detector and its first weights"):
+        detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
     setup = optimizer.build(detector, cfg, plan)
+    modules = list(rehearsal.module_rows(detector, setup.groups))  # before ZeRO cuts the parameters
     unrounded = keep_unrounded(detector) if plan.half else {}
     saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
-    plan.notes += fit_storage(plan.deepspeed, work_dir)
-    engine, *_ = agvm_ds.initialize(
-        model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
-    )
+    if options.dry_run:
+        plan.deepspeed = rehearsal.without_monitors(plan.deepspeed)
+    else:
+        plan.notes += fit_storage(plan.deepspeed, work_dir)
+    with waiting(f"DeepSpeed takes the detector (ZeRO stage {stage_of(plan)}; it may compile kernels the first time)"):
+        engine, *_ = agvm_ds.initialize(
+            model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
+        )
     published = plain_detector(cfg, engine.device) if "val" in splits_read(options, cfg) else None
-    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset), published)
+    model = EngineModel(engine, NumberWatch(engine, cfg.get(KEY, 0), loader.dataset), watch, published)
     runner = make_runner(options, cfg, plan, model, seed, saving, watch)
     if cfg.runner.type == "EpochBasedRunner":
         runner.updates_per_epoch = len(loader)
     evaluation = add_evaluation(options, cfg, runner) if options.validate else None
-    clock = ThroughputHook()
+    clock = ThroughputHook(plan.batch.train)
     runner.register_hook(clock, priority="VERY_HIGH")
+    updates = runner.max_iters or runner.max_epochs * len(loader)
+    if plan.agvm is not None:
+        for warning in schedule_warnings(plan.agvm, updates, warm_up_updates(cfg, len(loader))):
+            logger.warning(warning)
+    for note in plan.notes:
+        logger.info(note)
+    if options.dry_run:
+        rehearsal.rehearse(cfg, plan, runner, loader, modules, updates)
+        return
     if options.resume:
         runner.resume_state(loader, options.allow_older)
     else:
         runner.set_earlier_aside()
-    write_effective_configs(cfg, plan, engine, work_dir)
+    write_record(cfg, plan, engine, work_dir, updates, runner.updates_per_epoch)
     if engine.agvm is not None and engine.global_rank == 0:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
-    for note in plan.notes:
-        logger.info(note)
-    runner.run(loaders, [tuple(phase) for phase in cfg.workflow])
+    logger.info("waiting for the first update and its data ...")
+    with ProgressHook() as progress:
+        runner.register_hook(progress, priority="VERY_LOW")
+        runner.run(loaders, [tuple(phase) for phase in cfg.workflow])
     if engine.global_rank == 0:
-        summarize(work_dir, evaluation, clock, plan.batch.train, started, engine.agvm is not None)
+        summarize(work_dir, evaluation, clock, started, engine.agvm is not None)
     comm.barrier()
+
+
+def stage_of(plan: Plan) -> int:
+    """The ZeRO stage that the JSON asks for."""
+    return int((plan.deepspeed.get("zero_optimization") or {}).get("stage", 0))
 
 
 def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
@@ -133,6 +161,8 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     refuse_unsupported(cfg, plan)
     work_dir = work_dir_of(cfg, options.config, options.work_dir)
     cfg.work_dir = str(work_dir)
+    if options.resume and options.dry_run:
+        raise ConfigError("--dry-run shows a run from its beginning: leave out --resume")
     if options.resume:
         refuse_nothing_to_resume(work_dir)
     if options.keep is not None:
@@ -140,7 +170,8 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     cfg.load_from = options.load_from or cfg.get("load_from")
     if cfg.load_from and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
         raise HostError(f"{'--load-from' if options.load_from else 'load_from'}: not found: {cfg.load_from}")
-    make_folder("--work-dir", work_dir)
+    if not options.dry_run:
+        make_folder("--work-dir", work_dir)
     return plan, cfg, work_dir
 
 
@@ -202,7 +233,7 @@ def make_runner(
         default_args={
             "model": model,
             "optimizer": engine.basic_optimizer,
-            "work_dir": cfg.work_dir,
+            "work_dir": None if options.dry_run else cfg.work_dir,  # which the runner makes
             "logger": get_root_logger(),
             "meta": meta,
             "batch": plan.batch,
@@ -238,15 +269,3 @@ def add_evaluation(options: TrainOptions, cfg: Config, runner: Any) -> EngineEva
         hook = EngineEvalHook(loader, **settings, detector=runner.model.published, engine=runner.engine)
     runner.register_hook(hook, priority="LOW")
     return hook
-
-
-def write_effective_configs(cfg: Config, plan: Plan, engine: Any, work_dir: Path) -> None:
-    """What this run really does: ``config.py`` (mmdet) and ``deepspeed.json`` in the work dir."""
-    if engine.global_rank != 0:
-        return
-    effective = dict(plan.deepspeed)
-    if engine.agvm is not None:
-        modules = engine.agvm.config.modules or modules_of(engine.module)
-        effective["agvm"] = {**engine.agvm.config.model_dump(mode="json"), "modules": modules}
-    (work_dir / "deepspeed.json").write_text(json.dumps(effective, indent=2) + "\n")
-    cfg.dump(str(work_dir / "config.py"))

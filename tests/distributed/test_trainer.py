@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.disk import checkpoints_of
 from agvm_ds.mmdet.saved import read_published
 from tests.launch import launch_port
-from tests.trainer import ROOT, cfg_options, data_options, launch, write_config, write_json
+from tests.trainer import ROOT, cfg_options, data_options, launch, logged, write_config, write_json
 
 OPTIONS = {
     "lr_config.warmup_iters": 2,
@@ -54,6 +55,20 @@ def with_launcher(script: Path, arguments: list[str]) -> subprocess.CompletedPro
         )
 
 
+def tool(script: str, *words: str) -> tuple[int, str]:
+    """How a script of ``launch/`` that needs no ranks ended, and what it said."""
+    done = subprocess.run(
+        [sys.executable, f"launch/{script}", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
 @pytest.fixture(scope="module", params=[2, 3])
 def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """A finished run of two epochs, three updates each; in stage 2 as a user starts it."""
@@ -83,6 +98,38 @@ def test_the_work_dir_is_complete(work_dir: Path) -> None:
     }
     assert [json.loads(line)["update"] for line in (work_dir / "agvm.jsonl").read_text().splitlines()] == [2, 4]
     assert (work_dir / "deepspeed" / "latest").read_text() == "epoch_2"
+
+
+def test_the_log_tells_what_each_module_stepped_with(work_dir: Path) -> None:
+    """In updates 1, 3, 5 of 0 to 5, whose lines are the 2nd, 4th, 6th, and in measured ones alike."""
+    lines = logged(work_dir, "train")
+    measures = {
+        one["update"]: one["modules"] for one in map(json.loads, (work_dir / "agvm.jsonl").read_text().splitlines())
+    }
+    assert len(lines) == 6
+    for update, line in enumerate(lines):
+        assert line["images/s"] > 0 and line["grad_norm"] > 0
+        for name in ("backbone", "neck", "rpn_head", "roi_head"):
+            mu = line[f"mu/{name}"]
+            # mmcv rounds to five places
+            assert line[f"lr/{name}"] == pytest.approx(line["lr"] * (mu if update >= 1 else 1), abs=1.1e-5)
+            if update in measures:
+                found = measures[update][name]
+                assert mu == pytest.approx(found["scale_factor"], abs=1.1e-5)
+                assert found["effective_lr"] == found["lr"] * found["scale_factor"]
+                assert found["noise_scale"] in ("inf", pytest.approx(found["noise"] / found["signal"]))
+    assert lines[-1]["mu/neck"] != 1
+
+
+def test_a_run_is_reported(work_dir: Path, tmp_path: Path) -> None:
+    assert tool("report.py", str(work_dir), str(work_dir), "--out", str(tmp_path / "report"))[0] == 0
+    page = (tmp_path / "report/index.html").read_text()
+    assert "launch/train.py" in page and "batch 16 = 4 images a micro-batch" in page and "bbox_mAP" in page
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} >= {"loss", "score", "variance", "noise_scale"}
+    code, said = tool("advise.py", str(work_dir))
+    assert code == 2 and "1 measures in the last 50% of the run; at least 10 are needed" in said
+    code, said = tool("advise.py", str(work_dir), "--batches", "32", "--part", "2")
+    assert code == 2 and "--part 2.0: must be above 0 and at most 1" in said
 
 
 def test_checkpoints_take_the_room_that_was_estimated(work_dir: Path) -> None:

@@ -14,7 +14,7 @@ from agvm_ds.deepspeed_json import load_config
 from agvm_ds.groups import param_groups
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.plan import make_plan
-from agvm_ds.mmdet.train import write_effective_configs
+from agvm_ds.mmdet.record import write_record
 
 
 class Net(nn.Module):
@@ -34,7 +34,7 @@ def test_the_modules_are_those_of_the_run(modules: Any, tmp_path: Path) -> None:
     plan = make_plan(settings, cfg, ranks=2)
     net = Net()
     engine = SimpleNamespace(global_rank=0, module=net, agvm=SimpleNamespace(config=plan.agvm))
-    write_effective_configs(cfg, plan, engine, tmp_path)
+    write_record(cfg, plan, engine, tmp_path, 20, 10)
     again = load_config(tmp_path / "deepspeed.json")
     block = read_block(again)
     assert block is not None

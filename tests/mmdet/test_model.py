@@ -56,7 +56,7 @@ def test_a_val_phase_has_the_losses_of_what_is_published(monkeypatch: pytest.Mon
     monkeypatch.setattr(model, "parse_losses", found)
     engine: Any = SimpleNamespace(module=Doubled(1.0), device="cpu")
     batch = {"img": DataContainer([torch.full((2, 1), 3.0)]), "img_metas": DataContainer([[{}, {}]], cpu_only=True)}
-    step = model.EngineModel(engine, None, Doubled(5.0)).val_step([batch, batch])  # type: ignore[arg-type]
+    step = model.EngineModel(engine, None, None, Doubled(5.0)).val_step([batch, batch])  # type: ignore[arg-type]
     assert (step["log_vars"], step["num_samples"]) == ({"loss": 30.0}, 4)
 
 

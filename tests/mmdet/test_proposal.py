@@ -199,7 +199,8 @@ SPACE = ["--nodes", "4", "--gpus", "8", "--memory", "80", "--batch", "512"]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--nodes", "0"], "argument --nodes: 0: must be at least 1"),
+        (["--nodes", "0"], "argument --nodes: 0: must be an integer of at least 1"),
+        (["--nodes", "four"], "argument --nodes: four: must be an integer of at least 1"),
         (["--memory", "-1"], "--memory -1.0: must be more than 0 GiB"),
         (["--memory", "nan"], "--memory nan: must be more than 0 GiB"),
         (["--zero-stage", "4"], "argument --zero-stage: invalid choice: 4"),

@@ -23,6 +23,6 @@ def test_a_data_set_that_cannot_be_drawn_is_a_warning(
         latest_results=[object()],
         dataloader=SimpleNamespace(dataset=SimpleNamespace(CLASSES=("a",))),
     )
-    summarize(tmp_path, evaluation, ThroughputHook(), 16, 0.0, agvm=False)
+    summarize(tmp_path, evaluation, ThroughputHook(16), 0.0, agvm=False)
     assert "0.500" in capsys.readouterr().out
     assert "no detections to show: SimpleNamespace is not read as CocoDataset is: AttributeError" in caplog.text

@@ -1,0 +1,59 @@
+"""What a run leaves about itself in its work dir: what it really did, and with which command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mmcv import Config
+
+from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.plan import Plan
+from agvm_ds.report.runs import RUN_FILE
+
+
+def write_record(
+    cfg: Config, plan: Plan, engine: Any, work_dir: Path, updates: int, updates_per_epoch: int | None
+) -> None:
+    """``config.py`` (mmdet) and ``deepspeed.json``, both as effective, and ``run.json``; rank 0 does it.
+
+    run.json: {"command", "config", "started", "seed", "batch", "micro_batch", "accumulation", "ranks", "updates",
+    "updates_per_epoch" (null without epochs)}.
+    """
+    if engine.global_rank != 0:
+        return
+    (work_dir / "deepspeed.json").write_text(json.dumps(effective_json(plan, engine), indent=2) + "\n")
+    cfg.dump(str(work_dir / "config.py"))
+    record = {
+        "command": command(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seed": cfg.get("seed"),
+        "batch": plan.batch.train,
+        "micro_batch": plan.batch.micro,
+        "accumulation": plan.batch.accumulation,
+        "ranks": plan.batch.ranks,
+        "updates": updates,
+        "updates_per_epoch": updates_per_epoch,
+    }
+    (work_dir / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def effective_json(plan: Plan, engine: Any) -> dict[str, Any]:
+    """The DeepSpeed JSON with all keys of the ``agvm`` block."""
+    effective = dict(plan.deepspeed)
+    if engine.agvm is not None:
+        modules = engine.agvm.config.modules or modules_of(engine.module)
+        effective["agvm"] = {**engine.agvm.config.model_dump(mode="json"), "modules": modules}
+    return effective
+
+
+def command() -> str:
+    """As it would be typed; how many hosts the launcher was told is not known here, and the ranks are in run.json."""
+    words = [word for word in sys.argv if not word.startswith("--local_rank")]
+    script = os.path.relpath(words[0]) if words else ""
+    return shlex.join(["deepspeed", script, *words[1:]])

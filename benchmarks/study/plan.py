@@ -1,0 +1,128 @@
+"""Which runs are still to do, by what is done: the order of docs/study.md, and its choices of learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from benchmarks.study.protocol import (
+    ABLATION,
+    ABLATION_BATCH,
+    ABLATION_SEEDS,
+    ALONE,
+    BASE_BATCH,
+    CHOOSING_SEED,
+    FIRST_RATES,
+    METHODS,
+    MODULATED,
+    MOST_RATES,
+    SEEDS,
+    Run,
+    rates,
+)
+
+Line = Mapping[str, Any]
+"""What runs.jsonl has of a run."""
+DIVERGED, FAILED, DONE = "diverged", "failed", "done"
+ORDER = (256, 128, 512)
+"""Of the larger batches: first the one at which it is most open whether AGVM helps."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method of a base at a batch: its rate is chosen with one seed, others are reported."""
+
+    base: str
+    method: str
+    batch: int
+
+
+def cells() -> Iterator[Cell]:
+    """In their order."""
+    yield from (Cell(base, "plain", BASE_BATCH) for base in MODULATED)
+    yield from (Cell(base, method, batch) for base in MODULATED for batch in ORDER for method in METHODS)
+    yield from (Cell(base, "plain", batch) for base in ALONE for batch in (BASE_BATCH, *ORDER))
+    yield from (Cell(base, method, BASE_BATCH) for base in MODULATED for method in METHODS[1:])
+
+
+class Study:
+    """What the lines say: ``known`` are those of runs that ended, a diverged one with an mAP of 0."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.known = {line["key"]: line for line in lines if line["status"] != FAILED}
+        self._choosing: dict[Cell, list[Run]] = {}
+
+    def chosen(self, cell: Cell) -> Run | None:
+        """The cell's best run with the choosing seed; None while one of them is still to do, or not known."""
+        runs = self.choosing(cell)
+        if not runs or any(run.key not in self.known for run in runs):
+            return None
+        return max(runs, key=self._score)
+
+    def _score(self, run: Run) -> float:
+        return float(self.known[run.key]["choose"])
+
+    def choosing(self, cell: Cell) -> list[Run]:
+        """The cell's runs with the choosing seed, one a rate; none while it is not known which."""
+        if cell not in self._choosing:
+            self._choosing[cell] = self._runs_to_choose_from(cell)
+        return self._choosing[cell]
+
+    def _runs_to_choose_from(self, cell: Cell) -> list[Run]:
+        first = Run("epochs", cell.base, cell.method, cell.batch, 0.0, CHOOSING_SEED)
+        base = Cell(cell.base, "plain", BASE_BATCH)
+        if cell == base:
+            return self._search(first)
+        best = self.chosen(base)
+        if cell.method == "fixed":
+            source = self.chosen(Cell(cell.base, "pairwise", cell.batch))
+            if source is None:
+                return []
+            first = first.with_(multipliers=self.known[source.key]["mean_scale_factors"])
+        return [first.with_(rate=rate) for rate in rates(cell.base, best.rate, cell.batch)] if best else []
+
+    def _search(self, first: Run) -> list[Run]:
+        """At a batch of 16: three rates, and more by factors of two while the best is at an edge."""
+        middle = FIRST_RATES[first.base]
+        found = [middle / 2, middle, middle * 2]
+        while len(found) < MOST_RATES:
+            runs = [first.with_(rate=rate) for rate in found]
+            if any(run.key not in self.known for run in runs):
+                break
+            best = max(runs, key=self._score).rate
+            if found[0] < best < found[-1]:
+                break
+            found = [found[0] / 2, *found] if best == found[0] else [*found, found[-1] * 2]
+        return [first.with_(rate=rate) for rate in found]
+
+    def reported(self, cell: Cell, series: str = "epochs") -> list[Run]:
+        """The cell's runs with the other seeds; none while its rate is not chosen."""
+        chosen = self.chosen(cell)
+        return [chosen.with_(series=series, seed=seed) for seed in SEEDS] if chosen else []
+
+    def ablation(self, base: str) -> list[Run]:
+        """AGVM with one setting changed, at its chosen rate."""
+        chosen = self.chosen(Cell(base, "pairwise", ABLATION_BATCH))
+        if chosen is None:
+            return []
+        return [
+            chosen.with_(series="ablation", seed=seed, changed=changed)
+            for changed in ABLATION
+            for seed in ABLATION_SEEDS
+        ]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """All runs that are known by now, in their order."""
+        found = [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
+        for base in MODULATED:
+            for batch in (256, 512, BASE_BATCH):
+                for method in METHODS:
+                    found += self.reported(Cell(base, method, batch), "updates")
+        return found + [run for base in MODULATED for run in self.ablation(base)]
+
+    def to_do(self) -> list[Run]:
+        """What is left of them."""
+        return [run for run in self.runs if run.key not in self.known]

@@ -1,0 +1,139 @@
+"""What docs/study.md fixes, as numbers and rules: batches, methods, learning rates, seeds, AGVM's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+IMAGES = 8192
+SET = 512
+"""Images in each validation set: one to choose by, one to report."""
+EPOCHS = 8
+MICRO = 16
+"""Images in a micro-batch; 8 at a batch of 16, which must have two."""
+BATCHES = (16, 128, 256, 512)
+BASE_BATCH = 16
+EQUAL_UPDATES = 128
+"""The batch whose number of updates the second series has at every batch."""
+SEEDS = (1, 2, 3, 4)
+"""Reported; rates are chosen with seed 0."""
+CHOOSING_SEED = 0
+
+WARM_UP, START, STEPS = 0.125, 0.15, (0.75, 0.875)
+"""Shares of the run: warm-up, AGVM's start, and where the rate falls to a tenth (officially 460, 560 of 3664)."""
+PAPER_UPDATES, PAPER_INTERVAL, PAPER_DECAY = 3664, 10, 0.97
+"""Official recipe at batch 512: 16 epochs of COCO."""
+
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+    "SGD": {"type": "SGD", "momentum": 0.9, "weight_decay": 1e-4},
+    "AdamW": {"type": "AdamW", "betas": (0.9, 0.99), "weight_decay": 0.05},
+    "LAMB": {"type": "Lamb", "betas": (0.9, 0.99), "weight_decay": 0.05},
+    "LARS": {"type": "Lars", "momentum": 0.9, "weight_decay": 1e-4},
+}
+LINEAR = ("SGD", "LARS")
+"""Tried from half the rate of the square-root rule to twice that of the linear rule; the others around the square root."""
+FIRST_RATES = {"SGD": 0.02, "AdamW": 0.002, "LAMB": 0.005, "LARS": 0.5}
+"""Where the search at a batch of 16 begins."""
+MOST_RATES = 7
+
+METHODS = ("plain", "pairwise", "fixed", "split")
+"""``fixed``: the base with each module's rate multiplied by AGVM's mean scale factor (pairwise, same base and batch)."""
+MODULATED = ("SGD", "AdamW")
+"""Bases of every method."""
+ALONE = ("LAMB", "LARS")
+"""Bases that are methods by themselves."""
+
+ABLATION: tuple[Mapping[str, Any], ...] = (
+    {"ema_decay": 0.0},
+    {"ema_decay": 0.5},
+    {"ema_decay": 0.99},
+    {"interval": 5},
+    {"anchor": "neck"},
+    {"anchor": "roi_head"},
+    {"ratio_bounds": [0.25, 4.0]},
+    {"ratio_bounds": [0.1, 100.0]},
+)
+ABLATION_BATCH, ABLATION_SEEDS = 256, (1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    series: str
+    """``epochs``: EPOCHS at every batch; ``updates``: as many as at EQUAL_UPDATES; ``ablation``: one AGVM setting changed."""
+    base: str
+    method: str
+    batch: int
+    rate: float
+    seed: int
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+    """Module -> what its rate is multiplied by, of method ``fixed``."""
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the ``agvm`` block, of series ``ablation``."""
+
+    @property
+    def key(self) -> str:
+        """Unique in the study, and a folder's name."""
+        more = "".join(f"-{name}={value}" for name, value in self.changed.items()).replace(" ", "")
+        return f"{self.series}-{self.base}-{self.method}-{self.batch}-{self.rate:.5g}-{self.seed}{more}"
+
+    @property
+    def micro(self) -> int:
+        """Images in a micro-batch."""
+        return min(MICRO, self.batch // 2)
+
+    @property
+    def epochs(self) -> int:
+        """At equal updates a larger batch has more."""
+        return EPOCHS if self.series != "updates" else max(EPOCHS * self.batch // EQUAL_UPDATES, 1)
+
+    @property
+    def updates(self) -> int:
+        """In all."""
+        return self.epochs * IMAGES // self.batch
+
+    def with_(self, **changes: Any) -> Run:
+        """This run with other values."""
+        return replace(self, **changes)
+
+    def record(self) -> dict[str, Any]:
+        """As in a line of runs.jsonl."""
+        return asdict(self)
+
+
+def interval(updates: int) -> int:
+    """The paper's interval as a share of the run, at least 1."""
+    return max(round(updates * PAPER_INTERVAL / PAPER_UPDATES), 1)
+
+
+def ema_decay(updates: int) -> float:
+    """Such that the average remembers the same share of the run as the paper's: 10 / 0.03 of 3664 updates, 9 %."""
+    memory = PAPER_INTERVAL / (1 - PAPER_DECAY) / PAPER_UPDATES
+    return round(1 - interval(updates) / (memory * updates), 4)
+
+
+def agvm_block(run: Run) -> dict[str, Any]:
+    """Of every run: what does not modulate measures all the same (``modulate: false``), pairwise."""
+    acts = run.method in ("pairwise", "split")
+    return {
+        "enabled": True,
+        "modulate": acts,
+        "estimator": "split" if run.method == "split" else "pairwise",
+        "interval": interval(run.updates),
+        "ema_decay": ema_decay(run.updates),
+        "start_step": round(START * run.updates) if acts else 0,
+        **run.changed,
+    }
+
+
+def rates(base: str, best: float, batch: int) -> list[float]:
+    """The learning rates tried at a batch, by factors of two, for every method of a base; ``best``: plain's at 16."""
+    factor = batch / BASE_BATCH
+    low = best * factor**0.5 / 2
+    top = best * factor * 2 if base in LINEAR else best * factor**0.5 * 2
+    found = [low]
+    while found[-1] * 2 <= top * 1.001:
+        found.append(found[-1] * 2)
+    return found

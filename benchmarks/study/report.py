@@ -1,0 +1,55 @@
+"""docs/study.md's tables and figures, written from the committed lines alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import between_marks
+from benchmarks.study import figures, lines, tables
+from benchmarks.study.plan import Study
+
+DOCUMENT = lines.FOLDER.with_suffix(".md")
+ESTIMATORS = lines.FOLDER / "estimators.json"
+
+
+def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: list[str]) -> Iterator[str]:
+    """Headings, tables, pictures."""
+    study = Study(runs)
+    yield tables.ended(runs)
+    for heading, text in (
+        ("Accuracy at equal epochs", tables.reported(study)),
+        ("Against plain, seed by seed", tables.differences(study)),
+        ("Accuracy at equal updates", tables.reported(study, "updates")),
+        ("Against plain, at equal updates", tables.differences(study, "updates")),
+        ("Scale factors", tables.factors(study)),
+        ("Critical batch size by the noise scale, images", tables.critical(study)),
+        ("One setting changed", tables.ablation(study)),
+        ("Pairwise and split at fixed weights", tables.estimators(compared)),
+        ("All rates that were tried", tables.tried(study)),
+    ):
+        if text.count("\n") > 1:
+            yield f"### {heading}\n\n{NOTES.get(heading, '')}{text}"
+    for name in drawn:
+        yield f"![{Path(name).stem.replace('_', ', ')}](study/{name})"
+
+
+NOTES = {
+    "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
+    "edge of the rates tried. (k): only k seeds yet.\n\n",
+    "Against plain, seed by seed": "Mean difference of equal seeds ± its standard error.\n\n",
+    "Critical batch size by the noise scale, images": "Median over each quarter of the plain run with seed 0, its rate.\n\n",
+    "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.\n\n",
+}
+
+
+def write() -> None:
+    """Draw, and put all between the document's marks."""
+    runs = lines.read()
+    compared = json.loads(ESTIMATORS.read_text())["rows"] if ESTIMATORS.exists() else []
+    drawn = figures.draw(Study(runs), lines.FOLDER)
+    text = "\n\n".join(sections(runs, compared, drawn))
+    DOCUMENT.write_text(between_marks(DOCUMENT.read_text(), "study", text))
+    print(text)

@@ -1,0 +1,168 @@
+"""The study's tables, in Markdown, from its lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
+from benchmarks.study.protocol import BATCHES, MODULATED, Run
+
+NONE = ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def methods() -> list[tuple[str, str]]:
+    """(base, method), each once."""
+    return list(dict.fromkeys((cell.base, cell.method) for cell in sorted(cells(), key=lambda cell: _rank(cell.base))))
+
+
+def _rank(base: str) -> int:
+    return [*MODULATED, "LAMB", "LARS"].index(base)
+
+
+def title(base: str, method: str) -> str:
+    """A row's: "SGD, pairwise"."""
+    return base if method == "plain" else f"{base}, {method}"
+
+
+def scores(study: Study, runs: Sequence[Run]) -> list[float]:
+    """mAP on the set to report, of those that are done."""
+    return [float(study.known[run.key]["report"]) for run in runs if run.key in study.known]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation, and how many if not four."""
+    if not values:
+        return NONE
+    few = "" if len(values) == 4 else f" ({len(values)})"
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}{few}" if len(values) > 1 else f"{values[0]:.3f} (1)"
+
+
+def reported(study: Study, series: str = "epochs") -> str:
+    """Method x batch: mAP, and the rate that was chosen."""
+
+    def cell(base: str, method: str, batch: int) -> str:
+        place = Cell(base, method, batch)
+        text, chosen = spread(scores(study, study.reported(place, series))), study.chosen(place)
+        return f"{text} at {_rate(study, place, chosen)}" if text and chosen else text
+
+    rows = [[title(*one), *(cell(*one, batch) for batch in BATCHES)] for one in methods()]
+    return table(["method", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
+
+
+def _rate(study: Study, cell: Cell, chosen: Run) -> str:
+    """With a star at an edge of what was tried."""
+    tried = [run.rate for run in study.choosing(cell)]
+    return f"{chosen.rate:.3g}{'*' if chosen.rate in (tried[0], tried[-1]) else ''}"
+
+
+def differences(study: Study, series: str = "epochs") -> str:
+    """What each method has over plain and over fixed, seed by seed: mean and its standard error."""
+    rows = []
+    for base in MODULATED:
+        for method in ("pairwise", "split", "fixed"):
+            cells_ = [_difference(study, base, method, batch, series) for batch in BATCHES]
+            rows.append([f"{title(base, method)} over plain", *cells_])
+    return table(["", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
+
+
+def _difference(study: Study, base: str, method: str, batch: int, series: str) -> str:
+    mine, plain = (study.reported(Cell(base, one, batch), series) for one in (method, "plain"))
+    pairs = [
+        (float(study.known[a.key]["report"]), float(study.known[b.key]["report"]))
+        for a, b in zip(mine, plain, strict=False)
+        if a.key in study.known and b.key in study.known
+    ]
+    if len(pairs) < 2:
+        return NONE
+    gains = [a - b for a, b in pairs]
+    return f"{fmean(gains):+.3f} ± {stdev(gains) / len(gains) ** 0.5:.3f}"
+
+
+def tried(study: Study) -> str:
+    """All rates of all cells: mAP on the set to choose by, seed 0."""
+    rows = []
+    for cell in sorted(cells(), key=lambda cell: (_rank(cell.base), cell.batch)):
+        runs = [run for run in study.choosing(cell) if run.key in study.known]
+        found = ", ".join(f"{run.rate:.3g}: {_choice(study.known[run.key])}" for run in runs)
+        if found:
+            rows.append([title(cell.base, cell.method), str(cell.batch), found])
+    return table(["method", "batch", "rate: mAP on `choose`"], rows)
+
+
+def _choice(line: Line) -> str:
+    return "diverged" if line["status"] == DIVERGED else f"{line['choose']:.3f}"
+
+
+def ablation(study: Study) -> str:
+    """What was changed: mAP."""
+    rows = []
+    for base in MODULATED:
+        groups: dict[str, list[Run]] = {"nothing": study.reported(Cell(base, "pairwise", 256))}
+        for run in study.ablation(base):
+            groups.setdefault(", ".join(f"{key} = {value}" for key, value in run.changed.items()), []).append(run)
+        rows += [[base, what, spread(scores(study, runs))] for what, runs in groups.items()]
+    return table(["base", "changed", "mAP"], [row for row in rows if row[2]])
+
+
+def factors(study: Study) -> str:
+    """Mean scale factor of each module, of the pairwise run with the choosing seed."""
+    rows = []
+    for base in MODULATED:
+        for batch in BATCHES:
+            chosen = study.chosen(Cell(base, "pairwise", batch))
+            if chosen:
+                means = study.known[chosen.key]["mean_scale_factors"]
+                rows.append([base, str(batch), ", ".join(f"{name} {mu:.2f}" for name, mu in means.items())])
+    return table(["base", "batch", "mean scale factor"], rows)
+
+
+def critical(study: Study) -> str:
+    """Noise scale of each module over a plain run, by quarters: the critical batch size that it predicts."""
+    rows = []
+    for base in MODULATED:
+        for batch in BATCHES:
+            chosen = study.chosen(Cell(base, "plain", batch))
+            for name, columns in study.known[chosen.key]["measures"].items() if chosen else ():
+                rows.append([base, str(batch), name, *_quarters(columns["noise_scale"])])
+    return table(["base", "batch", "module", "first quarter", "second", "third", "last"], rows)
+
+
+def _quarters(values: Sequence[Any]) -> list[str]:
+    size = len(values) // 4
+    parts = [[float(v) for v in values[k * size : (k + 1) * size] if v is not None] for k in range(4)]
+    return [f"{sorted(part)[len(part) // 2]:.3g}" if part else NONE for part in parts]
+
+
+def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Pairwise and split beside the truth."""
+    cells_ = [
+        [
+            str(row["epoch"]),
+            row["module"],
+            str(row["n"]),
+            f"{row['variance']:.3f}",
+            *(f"{row['bias'][name]:+.3f} ± {row['spread'][name]:.3f}" for name in ("pairwise", "split")),
+            f"{row['fewer']:.1f}",
+        ]
+        for row in rows
+    ]
+    return table(["epoch", "module", "n", "variance", "pairwise: bias ± spread", "split", "fewer measures"], cells_)
+
+
+def ended(lines: Sequence[Line]) -> str:
+    """How many runs of each end, and what they took."""
+    counts: Callable[[str], int] = lambda status: sum(line["status"] == status for line in lines)  # noqa: E731
+    hours = sum(line["seconds"] for line in lines) / 3600
+    left = len(Study(lines).to_do())
+    return (
+        f"{counts(DONE)} runs done, {counts(DIVERGED)} diverged, {len(lines) - counts(DONE) - counts(DIVERGED)} failed "
+        f"and were taken again; {hours:.1f} core-hours. {left} of those known by now are still to do."
+    )

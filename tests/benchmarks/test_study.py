@@ -1,0 +1,167 @@
+"""The study's order and choices, on invented scores; and that the committed lines are runs of its protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agvm_ds.config import read_block
+from agvm_ds.variance import pairwise_variance
+from benchmarks.study import estimators, lines, tables
+from benchmarks.study.launch import deepspeed_settings, in_bins, mean_factors, mmdet_settings
+from benchmarks.study.plan import Cell, Study
+from benchmarks.study.protocol import BATCHES, IMAGES, METHODS, Run, ema_decay, interval, rates
+
+
+def invented(run: Run, score: Callable[[Run], float]) -> dict[str, Any]:
+    """A run's line."""
+    value = score(run)
+    return {
+        "key": run.key,
+        "status": "done" if math.isfinite(value) else "diverged",
+        "run": run.record(),
+        "seconds": 60,
+        "choose": value if math.isfinite(value) else 0.0,
+        "report": value if math.isfinite(value) else 0.0,
+        "mean_scale_factors": {"backbone": 1.0, "neck": 2.0},
+    }
+
+
+def score(run: Run) -> float:
+    """Best at a rate of 0.01 sqrt(batch / 16); seeds differ a little; far beyond it diverges."""
+    away = math.log2(run.rate / (0.01 * (run.batch / 16) ** 0.5))
+    return math.nan if away > 3 else 0.7 - 0.05 * abs(away) + 0.001 * run.seed
+
+
+@cache
+def whole(score: Callable[[Run], float] = score) -> list[dict[str, Any]]:
+    """All lines of a study, two runs at a time."""
+    made: list[dict[str, Any]] = []
+    while left := Study(made).to_do():
+        made += [invented(run, score) for run in left[:2]]
+    return made
+
+
+def test_a_study_ends_with_every_cell_reported() -> None:
+    made = whole()
+    assert len({line["key"] for line in made}) == len(made)
+    study = Study(made)
+    for base in ("SGD", "AdamW"):
+        for method in METHODS:
+            for batch in BATCHES:
+                runs = study.reported(Cell(base, method, batch))
+                assert [run.seed for run in runs] == [1, 2, 3, 4] and all(run.key in study.known for run in runs)
+                assert bool(runs[0].multipliers) == (method == "fixed")
+    series = [line["run"]["series"] for line in made]
+    ahead = 4  # of two runs at a time one may be, while the other has yet to choose a rate
+    assert series.index("updates") >= series.count("epochs") - ahead
+    assert series.index("ablation") >= len(series) - series.count("ablation") - ahead
+    equal = [Run(**line["run"]) for line in made if line["run"]["series"] == "updates"]
+    assert {run.updates for run in equal} == {512}
+
+
+def test_the_search_goes_on_while_the_best_is_at_an_edge() -> None:
+    made = whole()
+    tried = [run.rate for run in Study(made).choosing(Cell("SGD", "plain", 16))]
+    assert tried == [0.005, 0.01, 0.02, 0.04], "0.01, the best, was at an edge of 0.01, 0.02, 0.04"
+    chosen = Study(made).chosen(Cell("SGD", "plain", 16))
+    assert chosen is not None and chosen.rate == 0.01
+    tried = [run.rate for run in Study(whole(lambda run: run.rate)).choosing(Cell("SGD", "plain", 16))]
+    assert tried == [0.01 * 2**k for k in range(7)]
+
+
+def test_rates_are_the_same_for_every_method() -> None:
+    assert rates("SGD", 0.02, 256) == pytest.approx([0.04, 0.08, 0.16, 0.32, 0.64])
+    assert rates("AdamW", 0.002, 256) == pytest.approx([0.004, 0.008, 0.016])
+    assert rates("SGD", 0.02, 16) == pytest.approx([0.01, 0.02, 0.04])
+    study = Study(whole())
+    for base in ("SGD", "AdamW"):
+        for batch in (128, 256, 512):
+            assert len({tuple(run.rate for run in study.choosing(Cell(base, m, batch))) for m in METHODS}) == 1
+
+
+def test_a_failed_run_is_taken_again_and_a_diverged_one_counts() -> None:
+    first, second, *_ = Study([]).to_do()
+    failed = {"key": first.key, "status": "failed", "run": first.record(), "seconds": 1}
+    assert Study([failed]).to_do()[0] == first
+    assert first not in Study([failed, invented(first, lambda run: math.nan)]).to_do()
+    assert second == Study([invented(first, score)]).to_do()[0]
+
+
+def test_agvms_settings_are_the_papers_share_of_the_run() -> None:
+    assert (interval(3664), ema_decay(3664)) == (10, 0.97)
+    assert (interval(128), ema_decay(128)) == (1, pytest.approx(1 - 0.03 * 3664 / 10 / 128, abs=1e-4))
+    assert (interval(4096), ema_decay(4096)) == (11, pytest.approx(0.97, abs=0.001))
+    for method in METHODS:
+        run = Run("epochs", "SGD", method, 512, 0.1, 0)
+        settings = deepspeed_settings(run)
+        block = read_block(settings)
+        assert block is not None and block.modulate == (method in ("pairwise", "split"))
+        assert settings["train_batch_size"] == 512 and run.updates == 8 * IMAGES // 512
+    assert Run("epochs", "SGD", "plain", 16, 0.1, 0).micro == 8
+
+
+def test_fixed_multipliers_are_rates_of_modules() -> None:
+    run = Run("epochs", "SGD", "fixed", 512, 0.1, 0, {"backbone": 1.0, "neck": 1.5})
+    keys = mmdet_settings(run)["optimizer"]["paramwise_cfg"]["custom_keys"]
+    assert keys == {"backbone": {"lr_mult": 1.0}, "neck": {"lr_mult": 1.5}}
+
+
+def test_measures_are_averaged_in_parts() -> None:
+    measures = [
+        {"update": t, "modules": {"neck": {"variance": v, "ratio": None, "scale_factor": 1 + t, "noise_scale": b}}}
+        for t, v, b in ((0, 0.2, 10.0), (1, 0.4, "inf"), (40, 0.6, "inf"), (63, None, 5.0))
+    ]
+    found = in_bins(measures, 64)["neck"]
+    assert found["variance"][0] == pytest.approx(0.3) and found["variance"][10] == 0.6
+    assert found["variance"][15] is None and found["ratio"] == [None] * 16
+    assert (found["noise_scale"][0], found["noise_scale"][10], found["noise_scale"][15]) == ("inf", "inf", 5.0)
+    assert mean_factors(measures) == {"neck": 27.0}
+
+
+def test_the_tables_have_every_cell() -> None:
+    study = Study([{**line, "measures": {}, "loss": [], "curve": []} for line in whole()])
+    rows = tables.reported(study).splitlines()
+    assert len(rows) == 2 + 10 and all(row.count("±") == 4 for row in rows[2:])
+    assert "**" not in rows[2] and rows[2].startswith("| SGD |")
+    assert "+0.000 ± 0.000" in tables.differences(study)
+    assert "0 of those known by now are still to do" in tables.ended(list(study.known.values()))
+
+
+def test_the_estimators_agree_with_the_formulas_on_inner_products() -> None:
+    import numpy as np
+
+    gradients = np.random.default_rng(0).normal(0.3, 1, (200, 50)).astype(np.float32)
+    products = estimators.gram(gradients)
+    some = gradients[:8].astype(np.float64)
+    s2, g2 = float((some**2).sum()), float((some.mean(0) ** 2).sum())
+    pairwise, split = estimators.estimates(products, np.arange(8))
+    assert pairwise == pytest.approx(pairwise_variance(s2, g2, 8))
+    a, b = some[:4].mean(0), some[4:].mean(0)
+    assert split == pytest.approx(1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    rows = estimators.compare({"module": products}, draws=400)
+    assert [row["n"] for row in rows] == [4, 8, 16, 32]
+    for row in rows:
+        assert row["fewer"] > 1 and abs(row["bias"]["pairwise"]) < 3 * row["spread"]["pairwise"]
+
+
+def test_the_committed_lines_are_runs_of_the_protocol() -> None:
+    for line in lines.read():
+        run = Run(**line["run"])
+        assert line["key"] == run.key
+        assert line["deepspeed"] == json.loads(json.dumps(deepspeed_settings(run))), run.key
+        assert line["mmdet"] == json.loads(json.dumps(mmdet_settings(run))), run.key
+
+
+def test_lines_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "new/runs.jsonl"
+    assert lines.read(file) == []
+    for key in ("a", "b"):
+        lines.append({"key": key}, file)
+    assert lines.read(file) == [{"key": "a"}, {"key": "b"}]

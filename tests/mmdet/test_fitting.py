@@ -1,0 +1,78 @@
+"""The search for the largest micro-batch, on launches that are played by a small program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.fitting import find, largest, trial_json
+
+PLAYED = """
+import json, sys
+file = sys.argv[sys.argv.index("--deepspeed_config") + 1]
+micro = json.load(open(file))["train_micro_batch_size_per_gpu"]
+assert "--dry-run" in sys.argv
+if micro > {most}:
+    print({message!r})
+    sys.exit(1)
+print("│ peak memory, this rank │ " + str(micro) + ".00 GiB │")
+"""
+
+
+@pytest.mark.parametrize("true", [0, 1, 2, 3, 5, 8, 11, 31, 32, 33, 100])
+@pytest.mark.parametrize("most", [1, 7, 32, 100])
+def test_the_largest_is_found_in_few_trials(true: int, most: int) -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= true
+
+    assert largest(fits, most) == min(true, most)
+    assert len(asked) == len(set(asked)) <= 14 and max(asked) <= most
+
+
+def played(place: Path, most: int, message: str) -> tuple[list[str], str]:
+    """(a launcher whose launches fit up to so many images, a DeepSpeed JSON)."""
+    program, settings = place / "played.py", place / "ds.json"
+    program.write_text(PLAYED.format(most=most, message=message))
+    settings.write_text(json.dumps({"train_batch_size": 512, "agvm": {"start_step": 500}}))
+    return [sys.executable, str(program)], str(settings)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
+        "Process 12 exits with return code = -9",
+    ],
+)
+def test_memory_that_runs_out_ends_the_search(message: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    launcher, settings = played(tmp_path, 6, message)
+    assert find(launcher, ["config.py"], settings, 64, told.append) == 6
+    assert told[0] == "1 images a micro-batch: fits, peak memory, this rank : 1.00 GiB"
+    assert "8 images a micro-batch: out of memory" in told
+
+
+def test_another_failure_is_told(tmp_path: Path) -> None:
+    launcher, settings = played(tmp_path, 2, "error: config not found")
+    with pytest.raises(
+        ConfigError, match=r"trial with 4 images .* failed, and not for memory:\nerror: config not found"
+    ):
+        find(launcher, ["config.py"], settings, 64, lambda text: None)
+
+
+def test_a_trial_measures_if_the_run_would() -> None:
+    run: dict[str, Any] = {"train_batch_size": 512, "zero_optimization": {"stage": 2}}
+    trial = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+    assert trial_json(run, 4) == trial
+    block = {"start_step": 560, "interval": 10, "anchor": "neck", "stop_step": 600}
+    acts = {"start_step": 0, "interval": 1, "anchor": "neck", "stop_step": None}
+    assert trial_json({**run, "agvm": block}, 4) == {**trial, "agvm": acts}
