@@ -3,9 +3,9 @@
     python -m benchmarks.memory      5 minutes on two cores
 
 Two ranks, a model of 16 million parameters (64 MiB in fp32) whose gradients come in reverse order of definition, two
-accumulation steps. Peaks are those of torch's allocator within an update (its profiler's records): the median of three measured updates
-less that of three others between them, for one alone differs by up to 16 MiB from the next. Allowed: one bucket
-and one gradient shard (half the model) in fp32, and 20 MiB for the runs of a shard that are worked on at once. It may be
+accumulation steps. Peaks are those of torch's allocator within an update (its profiler's records): the median of three
+measured updates less that of three others between them, for one alone differs by up to 16 MiB from the next. Allowed: one
+bucket and one gradient shard (half the model) in fp32, and 20 MiB for the runs of a shard worked on at once. It may be
 less, where DeepSpeed's own step needs more at another moment.
 """
 

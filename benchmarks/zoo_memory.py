@@ -3,8 +3,8 @@
     python -m benchmarks.zoo_memory      about 15 minutes on one core
 
 For each config that mmdet ships with a published "Training Memory (GB)" and trains in fp32: (published - weights, gradients,
-optimizer) / (images a GPU x estimated activations). HEADROOM in agvm_ds/mmdet/memory.py must reach the 90 % quantile. The
-published figures are those of mmdet's authors, on V100s in ZeRO-less data parallelism, with older versions of torch.
+optimizer) / (images a GPU x estimated activations). HEADROOM in agvm_ds/mmdet/planning/memory.py must reach the 90 %
+quantile. The published figures are those of mmdet's authors, on V100s in ZeRO-less data parallelism, with older versions of torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml  # type: ignore[import-untyped]
 from agvm_ds.bases import base_from_json
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.memory import GIB, HEADROOM, footprint, moments_of, needs
+from agvm_ds.mmdet.planning.memory import GIB, HEADROOM, footprint, moments_of, needs
 
 ZOO = Path(mmdet.__file__).parent / ".mim" / "configs"
 

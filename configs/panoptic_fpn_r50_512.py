@@ -1,6 +1,7 @@
 # Panoptic FPN R50 at batch 512, one of the paper's (arXiv 2210.11078): it aims at mmdet's own PQ 40.2 of batch 16.
 # COCO panoptic (and its panopticapi), 32 GPUs x 16 images. Nobody has run it here at this size.
-# Model and 12 epochs are mmdet's, but for the backbone's SyncBN; rate and warm-up are by the rules of agvm_ds.mmdet.scaling.
+# Model and 12 epochs are mmdet's, but for the backbone's SyncBN; rate and warm-up are by the rules of
+# agvm_ds.mmdet.planning.scaling.
 from agvm_ds.mmdet.configs import config_path
 
 _base_ = config_path("panoptic_fpn/panoptic_fpn_r50_fpn_1x_coco")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agvm_ds.mmdet.commandline import Parser
 from agvm_ds.mmdet.errors import main_of_rank
-from agvm_ds.mmdet.export import ExportOptions, export
+from agvm_ds.mmdet.testing.export import ExportOptions, export
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from rich.text import Text
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.commandline import Parser, positive
 from agvm_ds.mmdet.errors import main_of_rank
-from agvm_ds.mmdet.proposal import Proposal, propose
-from agvm_ds.mmdet.request import Request
-from agvm_ds.mmdet.scaling import RULES
+from agvm_ds.mmdet.planning.proposal import Proposal, propose
+from agvm_ds.mmdet.planning.request import Request
+from agvm_ds.mmdet.planning.scaling import RULES
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from agvm_ds.mmdet.commandline import Parser
 from agvm_ds.mmdet.errors import main_of_rank
-from agvm_ds.mmdet.test import TestOptions, test
+from agvm_ds.mmdet.testing.test import TestOptions, test
 
 
 def main() -> None:

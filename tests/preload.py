@@ -12,7 +12,7 @@ import torch
 import torch._dynamo
 
 import agvm_ds.engine
-import agvm_ds.mmdet.test
+import agvm_ds.mmdet.testing.test
 import agvm_ds.mmdet.train  # noqa: F401
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from torch import nn
 
 import agvm_ds.demo
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.shapes import shape_problems
+from agvm_ds.mmdet.checks.shapes import shape_problems
 
 DEMO_CONFIG = Path(agvm_ds.demo.__file__).parent / "faster_rcnn_digits.py"
 """The config of the built-in data, used when none is named."""

@@ -11,9 +11,9 @@ from mmcv import Config
 from mmdet.datasets import build_dataloader, build_dataset, replace_ImageToTensor
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.checks.images import name_images
 from agvm_ds.mmdet.configs import blamed
 from agvm_ds.mmdet.data_sets import data_sets
-from agvm_ds.mmdet.images import name_images
 from agvm_ds.mmdet.plan import Batch
 
 

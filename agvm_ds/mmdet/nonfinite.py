@@ -19,7 +19,7 @@ from mmdet.utils import get_root_logger
 from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.image_names import names_of
+from agvm_ds.mmdet.checks.image_names import names_of
 from agvm_ds.mmdet.losses import Losses
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.overflow import loss_scaled, skip_in_every_stage

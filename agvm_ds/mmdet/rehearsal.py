@@ -17,8 +17,8 @@ from torch import nn
 
 from agvm_ds.bases import preconditioned
 from agvm_ds.groups import PARAMS, Group
-from agvm_ds.mmdet.memory import GIB, footprint, moments_of, needs
 from agvm_ds.mmdet.plan import Plan
+from agvm_ds.mmdet.planning.memory import GIB, footprint, moments_of, needs
 from agvm_ds.mmdet.progress import waiting
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -162,7 +162,7 @@ def agvm_rows(config: Any, updates: int) -> list[tuple[str, str]]:
 
 
 def memory_table(cfg: Config, plan: Plan, engine: Any) -> Table:
-    """What a rank would hold in each ZeRO stage, without activations, in fp32: see agvm_ds.mmdet.memory."""
+    """What a rank would hold in each ZeRO stage, without activations, in fp32: see agvm_ds.mmdet.planning.memory."""
     sizes = footprint(cfg)
     optimizer = engine.basic_optimizer
     base = getattr(optimizer, "base", type(optimizer))

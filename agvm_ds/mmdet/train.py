@@ -28,8 +28,8 @@ from agvm_ds.health import schedule_warnings
 from agvm_ds.mmdet import data, optimizer, rehearsal, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
+from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
-from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.ema import engine_hooks
 from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import plain_detector

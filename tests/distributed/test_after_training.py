@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from agvm_ds.mmdet.export import ExportOptions, export
+from agvm_ds.mmdet.testing.export import ExportOptions, export
 from tests.trainer import ROOT, launch, logged
 
 

@@ -1,6 +1,6 @@
 """Each file of ds_configs/ for the demo starts and trains: on its plan, and as an engine over the toy model.
 
-Those for many nodes (agvm_512_*) are tests/mmdet/test_proposal.py's.
+Those for many nodes (agvm_512_*) are tests/mmdet/planning/test_proposal.py's.
 """
 
 from __future__ import annotations

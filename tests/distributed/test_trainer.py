@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
+from agvm_ds.mmdet.checks.disk import checkpoints_of
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.disk import checkpoints_of
-from agvm_ds.mmdet.saved import read_published
+from agvm_ds.mmdet.testing.saved import read_published
 from tests.launch import launch_port
 from tests.trainer import ROOT, cfg_options, data_options, launch, logged, write_config, write_json
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from agvm_ds.mmdet.saved import read_published
+from agvm_ds.mmdet.testing.saved import read_published
 from tests.distributed.learning import AFTER, attempt, by_heart, run
 from tests.trainer import logged
 

@@ -19,8 +19,8 @@ import pytest
 
 import agvm_ds.mmdet.train
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import config_path, read_config
-from agvm_ds.mmdet.data_check import check_on_hosts
 from agvm_ds.mmdet.plan import make_plan, settle_batch
 from agvm_ds.mmdet.train import TrainOptions, prepare, splits_read
 from tests.mmdet import coco

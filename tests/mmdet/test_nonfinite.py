@@ -12,7 +12,7 @@ from mmcv import Config
 from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.image_names import names_of
+from agvm_ds.mmdet.checks.image_names import names_of
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.nonfinite import MicroBatch, NonFiniteError, NumberWatch, _not_finite
 from agvm_ds.mmdet.overflow import loss_scaled

@@ -13,8 +13,8 @@ from mmdet.datasets import CocoDataset, ConcatDataset, RepeatDataset
 from PIL import Image as Picture
 from torch.utils.data import DataLoader
 
-from agvm_ds.mmdet.findings import Report
-from agvm_ds.mmdet.images import (
+from agvm_ds.mmdet.checks.findings import Report
+from agvm_ds.mmdet.checks.images import (
     UNREADABLE,
     Image,
     ImageError,

@@ -25,7 +25,7 @@ from agvm_ds.mmdet.data_sets import data_sets, kind_of
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.outputs import refuse_unwritable, told, written_whole
-from agvm_ds.mmdet.saved import read_published
+from agvm_ds.mmdet.testing.saved import read_published
 from agvm_ds.mmdet.weights import in_float32, load_weights, put_weights
 
 KEPT = ("epoch", "iter", "seed", "CLASSES", "PALETTE")

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import agvm_ds.mmdet.export
-import agvm_ds.mmdet.test
+import agvm_ds.mmdet.testing.export
+import agvm_ds.mmdet.testing.test
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.data_check import check_on_hosts
+from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.test import TestOptions, prepare
+from agvm_ds.mmdet.testing.test import TestOptions, prepare
 from tests.mmdet import coco
 from tests.trainer import ROOT, write_config
 
@@ -32,7 +32,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     """A program of launch/ in this process, on the demo's detector and a small COCO data set, with these words."""
     coco.write(tmp_path)
     config = write_config(tmp_path, coco.config_lines(tmp_path))
-    monkeypatch.setattr(agvm_ds.mmdet.test, "test", up_to_the_model)
+    monkeypatch.setattr(agvm_ds.mmdet.testing.test, "test", up_to_the_model)
 
     def run(script: str, *words: str) -> Any:
         placed = [word.replace("{place}", str(tmp_path)) for word in words]

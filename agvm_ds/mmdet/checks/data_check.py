@@ -19,13 +19,13 @@ from mmcv import Config
 from mmdet.datasets import CocoDataset, LVISV05Dataset, LVISV1Dataset
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.annotations import Use, check_annotations
+from agvm_ds.mmdet.checks.annotations import Use, check_annotations
+from agvm_ds.mmdet.checks.findings import Report
+from agvm_ds.mmdet.checks.images import Image, check_files
 from agvm_ds.mmdet.configs import blamed
 from agvm_ds.mmdet.data_sets import data_sets, kind_of, missing_packages
 from agvm_ds.mmdet.errors import HostError
-from agvm_ds.mmdet.findings import Report
-from agvm_ds.mmdet.images import Image, check_files
-from agvm_ds.mmdet.metrics import unknown_metrics, wanted_metrics
+from agvm_ds.mmdet.testing.metrics import unknown_metrics, wanted_metrics
 
 SPLITS = ("train", "val", "test")
 FILES = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")

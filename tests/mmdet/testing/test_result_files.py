@@ -16,7 +16,7 @@ from mmdet.datasets import build_dataset
 from agvm_ds.config import ConfigError
 from agvm_ds.demo.data import ensure
 from agvm_ds.mmdet.configs import DEMO_CONFIG, read_config
-from agvm_ds.mmdet.result_files import refuse_places, refuse_unformatted, write_formatted
+from agvm_ds.mmdet.testing.result_files import refuse_places, refuse_unformatted, write_formatted
 
 PANOPTIC = str(DEMO_CONFIG.with_name("panoptic_fpn_digits.py"))
 

@@ -1,12 +1,12 @@
-"""The rules of agvm_ds.mmdet.scaling against the official recipes, written out here from their configs."""
+"""The rules of agvm_ds.mmdet.planning.scaling against the official recipes, written out here from their configs."""
 
 from __future__ import annotations
 
 import pytest
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet import scaling
-from agvm_ds.mmdet.scaling import COCO_IMAGES, Windows, default_rule, scaled_rate, windows
+from agvm_ds.mmdet.planning import scaling
+from agvm_ds.mmdet.planning.scaling import COCO_IMAGES, Windows, default_rule, scaled_rate, windows
 
 OFFICIAL = {256: Windows(920, 1020, (820, 1020), 10), 512: Windows(460, 560, (360, 560), 10)}
 """warmup_iters, lr_update_start_iter, grad_clip_iter_range, lr_update_interval of Sense-X/AGVM's configs."""

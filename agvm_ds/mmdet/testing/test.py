@@ -15,17 +15,23 @@ from mmdet.utils import get_root_logger, setup_multi_processes
 from torch import nn
 
 from agvm_ds.mmdet import data, session
+from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.data_check import check_on_hosts
-from agvm_ds.mmdet.drawing import Drawing
 from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
-from agvm_ds.mmdet.metrics import evaluation_options, refuse_beyond, wanted_metrics
 from agvm_ds.mmdet.outputs import make_folder
 from agvm_ds.mmdet.progress import counted
-from agvm_ds.mmdet.result_files import refuse_places, refuse_unformatted, write_formatted, write_json, write_pickle
-from agvm_ds.mmdet.saved import read_published
 from agvm_ds.mmdet.signals import RankWatch
+from agvm_ds.mmdet.testing.drawing import Drawing
+from agvm_ds.mmdet.testing.metrics import evaluation_options, refuse_beyond, wanted_metrics
+from agvm_ds.mmdet.testing.result_files import (
+    refuse_places,
+    refuse_unformatted,
+    write_formatted,
+    write_json,
+    write_pickle,
+)
+from agvm_ds.mmdet.testing.saved import read_published
 from agvm_ds.mmdet.weights import load_weights, put_weights
 
 

@@ -31,8 +31,8 @@ import mmcv
 from mmdet.datasets.pipelines import Compose
 
 from agvm_ds.mmdet import errors
-from agvm_ds.mmdet.findings import Report
-from agvm_ds.mmdet.image_names import wrapped
+from agvm_ds.mmdet.checks.findings import Report
+from agvm_ds.mmdet.checks.image_names import wrapped
 
 UNREADABLE = "image that cannot be decoded: truncated, or no image"
 

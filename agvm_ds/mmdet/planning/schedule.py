@@ -13,11 +13,11 @@ from mmcv import Config
 from mmdet.datasets import build_dataset
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet import scaling
 from agvm_ds.mmdet.configs import blamed
-from agvm_ds.mmdet.memory import values_of
 from agvm_ds.mmdet.plan import Batch
-from agvm_ds.mmdet.request import Request, Row
+from agvm_ds.mmdet.planning import scaling
+from agvm_ds.mmdet.planning.memory import values_of
+from agvm_ds.mmdet.planning.request import Request, Row
 
 COCO_FILE = "instances_train2017.json"
 BY_UPDATES = ("evaluation.interval", "checkpoint_config.interval", "log_config.interval")

@@ -11,7 +11,7 @@ from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import DEMO_CONFIG, read_config
 from agvm_ds.mmdet.data_sets import missing_packages
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.metrics import evaluation_options, refuse_beyond, results_of, unknown_metrics
+from agvm_ds.mmdet.testing.metrics import evaluation_options, refuse_beyond, results_of, unknown_metrics
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.layout import Base, Layout, choose_layout
-from agvm_ds.mmdet.memory import GIB, HEADROOM, Footprint
-from agvm_ds.mmdet.request import Request
+from agvm_ds.mmdet.planning.layout import Base, Layout, choose_layout
+from agvm_ds.mmdet.planning.memory import GIB, HEADROOM, Footprint
+from agvm_ds.mmdet.planning.request import Request
 
 SGD = Base(moments=1, elementwise=False)
 ROOM = 2.0

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from mmcv import Config
 
-from agvm_ds.mmdet.annotations import Use
+from agvm_ds.mmdet.checks.annotations import Use
+from agvm_ds.mmdet.checks.data_check import check_data, check_on_hosts
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.data_check import check_data, check_on_hosts
 from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.train import TrainOptions, splits_read
 from tests.launch import run_ranks

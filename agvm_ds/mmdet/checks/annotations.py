@@ -35,8 +35,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from agvm_ds.mmdet.findings import Report
-from agvm_ds.mmdet.masks import mask_problem
+from agvm_ds.mmdet.checks.findings import Report
+from agvm_ds.mmdet.checks.masks import mask_problem
 
 MIN_SIZE = 32
 """mmdet trains on no image with a shorter side (CocoDataset._filter_imgs)."""

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from agvm_ds.mmdet.checks.disk import Checkpoints, checkpoints_of, too_little_room
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.disk import Checkpoints, checkpoints_of, too_little_room
-from agvm_ds.mmdet.memory import footprint
+from agvm_ds.mmdet.planning.memory import footprint
 
 ONE_A_RUN = {"runner.max_epochs": 6, "checkpoint_config.interval": 6, "checkpoint_config.max_keep_ckpts": -1}
 

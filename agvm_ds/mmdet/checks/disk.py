@@ -15,7 +15,7 @@ from mmcv import Config
 
 from agvm_ds.mmdet.configs import detector_of
 from agvm_ds.mmdet.limits import RUNNERS
-from agvm_ds.mmdet.memory import FP32, GIB
+from agvm_ds.mmdet.planning.memory import FP32, GIB
 
 STATES = 2
 """m: the most that an optimizer keeps a parameter (Adam); SGD with momentum keeps one."""

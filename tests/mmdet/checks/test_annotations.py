@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from mmdet.datasets import CocoDataset
 
-from agvm_ds.mmdet.annotations import Use, check_annotations
-from agvm_ds.mmdet.findings import LISTED, Report
+from agvm_ds.mmdet.checks.annotations import Use, check_annotations
+from agvm_ds.mmdet.checks.findings import LISTED, Report
 from tests.mmdet import coco
 from tests.mmdet.coco import first, first_image
 

@@ -17,11 +17,11 @@ from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.plan import make_plan
-from agvm_ds.mmdet.proposal import Proposal, propose
-from agvm_ds.mmdet.request import Request
+from agvm_ds.mmdet.planning.proposal import Proposal, propose
+from agvm_ds.mmdet.planning.request import Request
 from tests.mmdet import coco
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FASTER, MASK, RETINA = "faster_rcnn_r50_fpn_1x_coco", "mask_rcnn_r50_fpn_1x_coco", "retinanet_r50_fpn_1x_coco"
 DEMO = str(ROOT / "agvm_ds/demo/faster_rcnn_digits.py")
 READY = {"agvm_512_4x8": (4, 8, 16), "agvm_512_8x8": (8, 8, 8), "agvm_512_16x8": (16, 8, 4)}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.memory import GIB, HEADROOM, Footprint, Needs, needs
 from agvm_ds.mmdet.plan import Batch
-from agvm_ds.mmdet.request import Request, Row
+from agvm_ds.mmdet.planning.memory import GIB, HEADROOM, Footprint, Needs, needs
+from agvm_ds.mmdet.planning.request import Request, Row
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,9 @@ def memory_rows(request: Request, sizes: Footprint, layout: Layout) -> Iterator[
     """What a GPU is estimated to need, part by part. Estimates: no GPU was asked."""
     held = layout.needs
     million = f"{sizes.parameters / 1e6:.1f} M parameters, {sizes.trainable / 1e6:.1f} M trained"
-    yield Row("weights, gradients, optimizer", _gib(held.states), f"fp32, {million}: agvm_ds/mmdet/memory.py's table")
+    yield Row(
+        "weights, gradients, optimizer", _gib(held.states), f"fp32, {million}: agvm_ds/mmdet/planning/memory.py's table"
+    )
     if held.deepspeed is not None:
         yield Row(
             "the same, by DeepSpeed",

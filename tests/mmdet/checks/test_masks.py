@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask
 
-from agvm_ds.mmdet.masks import mask_problem, rle_runs
+from agvm_ds.mmdet.checks.masks import mask_problem, rle_runs
 
 
 @pytest.mark.parametrize("seed", range(40))

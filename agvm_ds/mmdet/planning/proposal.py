@@ -15,15 +15,15 @@ from mmcv import Config
 
 from agvm_ds.bases import base_from_json, preconditioned
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet import scaling
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.data import check_size
-from agvm_ds.mmdet.layout import Base, Layout, batch_rows, choose_layout, memory_rows
 from agvm_ds.mmdet.limits import refuse_unsupported
-from agvm_ds.mmdet.memory import footprint, moments_of
 from agvm_ds.mmdet.plan import make_plan
-from agvm_ds.mmdet.request import Request, Row
-from agvm_ds.mmdet.schedule import base_batch, learning_rate, schedule, training_images
+from agvm_ds.mmdet.planning import scaling
+from agvm_ds.mmdet.planning.layout import Base, Layout, batch_rows, choose_layout, memory_rows
+from agvm_ds.mmdet.planning.memory import footprint, moments_of
+from agvm_ds.mmdet.planning.request import Request, Row
+from agvm_ds.mmdet.planning.schedule import base_batch, learning_rate, schedule, training_images
 
 NOT_OPTIONS = ("type", "paramwise_cfg", "constructor")
 """Keys of an mmdet config's optimizer that are no arguments of it; the latter two act from the config in any case."""

@@ -1,4 +1,4 @@
-"""The estimate of agvm_ds.mmdet.memory: its count of activations against a real forward, its arithmetic by hand."""
+"""The estimate of agvm_ds.mmdet.planning.memory: its count of activations against a real forward, its arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from mmdet.models import build_detector
 from torch import nn
 
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.memory import IMAGES, Footprint, footprint, image_size, moments_of, needs, saved_for_backward
+from agvm_ds.mmdet.planning.memory import (
+    IMAGES,
+    Footprint,
+    footprint,
+    image_size,
+    moments_of,
+    needs,
+    saved_for_backward,
+)
 
 SIZES = Footprint(parameters=1000, trainable=800, largest_layer=100, saved=None, note="")
 BUFFER = 500_000_000 * 4

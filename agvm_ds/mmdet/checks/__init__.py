@@ -1,0 +1,1 @@
+"""What is looked through before a run: config, annotations, images, disk."""

@@ -1,0 +1,1 @@
+"""From GPUs and a batch to a run: what ``launch/plan.py`` settles."""
