@@ -4,7 +4,7 @@
 
 For each config that mmdet ships with a published "Training Memory (GB)" and trains in fp32: (published - weights, gradients,
 optimizer) / (images a GPU x estimated activations). HEADROOM in agvm_ds/mmdet/planning/memory.py must reach the 90 %
-quantile. The published figures are those of mmdet's authors, on V100s in ZeRO-less data parallelism, with older versions of torch.
+quantile. The published figures are those of mmdet's authors, on V100s in ZeRO-less data parallelism, with older torch.
 """
 
 from __future__ import annotations
