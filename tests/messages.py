@@ -122,7 +122,8 @@ def messages() -> list[Message]:
 @cache
 def texts() -> tuple[Message, ...]:
     """All that look like a message, those in OTHER_TEXTS too."""
-    trees = {name: ast.parse((ROOT / name).read_text()) for folder in ("agvm_ds", "launch") for name in _sources(folder)}
+    names = [*_sources("agvm_ds"), *_sources("launch")]
+    trees = {name: ast.parse((ROOT / name).read_text()) for name in names}
     constants = {name: dict(_constants(tree)) for name, tree in trees.items()}
     found = []
     for name, tree in trees.items():
