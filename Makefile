@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-faults test-hosts bench recipes detectors study study-report lint doctor clean
+.PHONY: help setup demo test test-faults test-hosts bench recipes detectors study study-report docs lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,6 +51,10 @@ study: $(STAMP) ## the large-batch study of docs/study.md: what is left of it, t
 
 study-report: $(STAMP) ## its tables and figures, from the committed lines (seconds)
 	$(BIN)/python -m benchmarks.study report
+
+docs: $(STAMP) ## the documentation site, in work_dirs/site, its links checked (a minute)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[docs]
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

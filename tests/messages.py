@@ -22,10 +22,10 @@ SENTENCE = 3
 WORD = re.compile(r"[^\W\d]{2,}\S*(?:\s|$)")
 TELLING = {"refuse", "note", "warning", "_warn", "_warn_once", "say", "error", "Problem", "ArgumentError", "Check"}
 """Calls that are made to tell one."""
-SHOWING = {"add", "add_argument", "ArgumentParser", "print", "info", "waiting", "_say", "table", "Table", "add_row"} | {
-    *("Row", "Picture", "set_title", "legend", "dress", "plot_modules", "_panels"),
-}
-"""Calls whose text is of another kind: help, progress, tables, pictures."""
+SAYING = {"add", "add_argument", "ArgumentParser", "print", "info", "waiting", "_say"}
+"""Calls whose text is help or progress."""
+SHOWING = {"table", "Table", "add_row", "Row", "Picture", "set_title", "legend", "dress", "plot_modules", "_panels"}
+"""Calls whose text is in a table or a picture."""
 
 OTHER_FILES = {
     "agvm_ds/report/pictures.py": "captions",
@@ -131,9 +131,8 @@ def messages() -> list[Message]:
 @cache
 def texts() -> tuple[Message, ...]:
     """All that look like a message, those in OTHER_TEXTS too."""
-    trees = {
-        name: ast.parse((ROOT / name).read_text()) for folder in ("agvm_ds", "launch") for name in _sources(folder)
-    }
+    names = [*_sources("agvm_ds"), *_sources("launch")]
+    trees = {name: ast.parse((ROOT / name).read_text()) for name in names}
     constants = {name: dict(_constants(tree)) for name, tree in trees.items()}
     found = []
     for name, tree in trees.items():
@@ -211,7 +210,7 @@ def _shows(node: ast.Call) -> bool:
     """Whether a call's arguments are texts of another kind; ``notes`` are what a run has settled."""
     notes = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value).endswith("notes")
     elsewhere = any(keyword.arg == "file" for keyword in node.keywords)  # print(..., file=sys.stderr)
-    return notes or (_called(node) in SHOWING and not elsewhere)
+    return notes or (_called(node) in SAYING | SHOWING and not elsewhere)
 
 
 def normalised(text: str) -> str:

@@ -90,7 +90,8 @@ def test_what_is_no_message_is_still_there() -> None:
 
 def test_a_new_message_is_missed_and_a_changed_one_is_stale() -> None:
     """The comparison itself, on messages of its own."""
-    found = [Message("a.py:1", "train = …: must be even"), Message("a.py:2", "no room on …"), Message("a.py:3", "…: …")]
+    written = "train = …: must be even", "no room on …", "…: …"
+    found = [Message(f"a.py:{line}", text) for line, text in enumerate(written, 1)]
     page = "| message | |\n|---|---|\n| `train = …: must be even`<br>`…: …` | |\n| `no space on …` | |\n"
     assert without_entry(found, entries(page)) == ["a.py:2: no room on …"]
     assert stale(entries(page), found) == ["no space on …"]
