@@ -93,10 +93,9 @@ def read_run(work_dir: Path) -> Run:
     missing = [name for name in (RUN_FILE, "deepspeed.json", "config.py") if not (work_dir / name).is_file()]
     if missing:
         raise ConfigError(f"{work_dir}: not a work dir of launch/train.py: {', '.join(missing)} not there")
-    record = json.loads((work_dir / RUN_FILE).read_text())
+    record, block = (_object(work_dir / name) for name in (RUN_FILE, "deepspeed.json"))
     lines = list(_log_lines(work_dir))
     per_epoch = record["updates_per_epoch"]
-    block = json.loads((work_dir / "deepspeed.json").read_text())
     return Run(
         name=work_dir.resolve().name,
         record=record,
@@ -106,6 +105,17 @@ def read_run(work_dir: Path) -> Run:
         val={int(line["update"]): line for line in lines if line.get("mode") == "val" and "update" in line},
         measures=read_measures(work_dir / "agvm.jsonl") if "agvm" in block else None,
     )
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object that launch/train.py wrote. Raises ConfigError for anything else."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: damaged: must be an object")
+    return found
 
 
 def _update(line: Mapping[str, Any], per_epoch: int | None) -> int:

@@ -140,6 +140,14 @@ def test_what_is_no_work_dir_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "content"), [("run.json", '{"seed": 0'), ("deepspeed.json", "[]")])
+def test_a_damaged_work_dir_is_told(name: str, content: str, tmp_path: Path) -> None:
+    place = work_dir(tmp_path / "W")
+    (place / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name}: damaged: "):
+        read_run(place)
+
+
 def test_runs_without_epochs_count_updates(tmp_path: Path) -> None:
     place = work_dir(tmp_path / "W")
     (place / "run.json").write_text(json.dumps({**RECORD, "updates_per_epoch": None}))
