@@ -112,9 +112,9 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
-        raise ConfigError(f"{file}: damaged: {error}") from None
+        raise ConfigError(f"{file}: not as launch/train.py wrote it: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{file}: damaged: must be an object")
+        raise ConfigError(f"{file}: not as launch/train.py wrote it: must be an object")
     return found
 
 

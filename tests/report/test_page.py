@@ -144,7 +144,7 @@ def test_what_is_no_work_dir_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_work_dir_is_told(name: str, content: str, tmp_path: Path) -> None:
     place = work_dir(tmp_path / "W")
     (place / name).write_text(content)
-    with pytest.raises(ConfigError, match=rf"{name}: damaged: "):
+    with pytest.raises(ConfigError, match=rf"{name}: not as launch/train.py wrote it: "):
         read_run(place)
 
 
