@@ -231,7 +231,9 @@ def markdown(title: str, rows: Sequence[Row]) -> str:
 
 def shown(value: Any) -> str:
     """Three digits of a number."""
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
