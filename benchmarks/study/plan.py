@@ -42,7 +42,7 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """In their order."""
     yield from (Cell(base, "plain", BASE_BATCH) for base in MODULATED)
-    yield from (Cell(base, method, batch) for base in MODULATED for batch in ORDER for method in METHODS)
+    yield from (Cell(base, method, batch) for batch in ORDER for base in MODULATED for method in METHODS)
     yield from (Cell(base, "plain", batch) for base in ALONE for batch in (BASE_BATCH, *ORDER))
     yield from (Cell(base, method, BASE_BATCH) for base in MODULATED for method in METHODS[1:])
 

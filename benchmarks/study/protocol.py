@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-IMAGES = 8192
+IMAGES = 4096
 SET = 512
 """Images in each validation set: one to choose by, one to report."""
 EPOCHS = 8
