@@ -110,9 +110,23 @@ class EngineEvalHook(DistEvalHook):
         return metrics[self.key_indicator]
 
 
+RATE = "lr/"
+"""How the log's entries for effective rates begin."""
+
+
+class Rate(float):
+    """A learning rate, of which mmcv's log would show four places and its JSON five: shown as mmcv's own ``lr`` is."""
+
+    def __format__(self, form: str) -> str:
+        return format(float(self), ".3e")
+
+    def __round__(self, places: Any = None) -> float:  # type: ignore[override]
+        return float(f"{float(self):.5g}")
+
+
 @HOOKS.register_module()
 class AGVMLogHook(Hook):
-    """In mmcv's log, averaged over its interval: the gradient's norm, each module's scale factor and effective rate."""
+    """In mmcv's log: the gradient's norm and each module's scale factor, means over its interval, and effective rate."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -122,11 +136,17 @@ class AGVMLogHook(Hook):
         numbers: dict[str, float] = {}
         if self.engine.agvm is not None:
             numbers = {f"mu/{name}": mu for name, mu in self.engine.agvm.scale_factors.items()}
-            numbers |= {f"lr/{name}": rate for name, rate in self.engine.agvm.effective_rates.items()}
+            rates = {f"{RATE}{name}": Rate(rate) for name, rate in self.engine.agvm.effective_rates.items()}
+            runner.log_buffer.output.update(rates)
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             numbers["grad_norm"] = float(norm)
         runner.log_buffer.update(numbers)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """What is logged next is an evaluation."""
+        for key in [key for key in runner.log_buffer.output if key.startswith(RATE)]:
+            del runner.log_buffer.output[key]
 
 
 @HOOKS.register_module()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,14 +112,18 @@ def test_the_log_tells_what_each_module_stepped_with(work_dir: Path) -> None:
         assert line["images/s"] > 0 and line["grad_norm"] > 0
         for name in ("backbone", "neck", "rpn_head", "roi_head"):
             mu = line[f"mu/{name}"]
-            # mmcv rounds to five places
+            # mmcv rounds its own to five places
             assert line[f"lr/{name}"] == pytest.approx(line["lr"] * (mu if update >= 1 else 1), abs=1.1e-5)
+            if update in measures:
+                assert line[f"lr/{name}"] == pytest.approx(measures[update][name]["effective_lr"], rel=1e-4)
             if update in measures:
                 found = measures[update][name]
                 assert mu == pytest.approx(found["scale_factor"], abs=1.1e-5)
                 assert found["effective_lr"] == found["lr"] * found["scale_factor"]
                 assert found["noise_scale"] in ("inf", pytest.approx(found["noise"] / found["signal"]))
     assert lines[-1]["mu/neck"] != 1
+    assert re.search(r"lr/neck: \d\.\d{3}e-03", max(work_dir.glob("*.log")).read_text())
+    assert [key for line in logged(work_dir) for key in line if key.startswith(("lr/", "mu/"))] == []
 
 
 def test_a_run_is_reported(work_dir: Path, tmp_path: Path) -> None:
