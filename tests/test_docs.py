@@ -28,7 +28,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"launch/(\w+)\.py([^`]*)")
-FILE = re.compile(r"(?<![\w/.*}])((?:agvm_ds|benchmarks|configs|ds_configs|examples|launch|scripts|tests)/[\w/.-]+\.(?:py|json))\b")
+ROOMS = "agvm_ds|benchmarks|configs|ds_configs|examples|launch|scripts|tests"
+FILE = re.compile(rf"(?<![\w/.*}}])((?:{ROOMS})/[\w/.-]+\.(?:py|json))\b")
 
 
 def without_code(text: str) -> str:
@@ -105,7 +106,9 @@ def test_commands_have_options_that_their_scripts_know(page: str, known: dict[st
 
 
 def test_commands_are_found_and_wrong_ones_too(known: dict[str, set[str]]) -> None:
-    found = list(commands("    deepspeed --num_gpus 2 launch/train.py C \\\n        --work-dir W --resume-from X\nx --no"))
+    found = list(
+        commands("    deepspeed --num_gpus 2 launch/train.py C \\\n        --work-dir W --resume-from X\nx --no")
+    )
     assert found == [("train", ["--work-dir", "--resume-from"])]
     assert {"--work-dir", "--dry-run", "--deepspeed_config", "--cfg-options"} <= known["train"]
     assert "--resume-from" not in known["train"]
@@ -149,8 +152,12 @@ def test_the_table_of_keys_has_every_key_with_its_meaning() -> None:
 
 
 def test_links_out_of_the_docs_lead_to_pages_of_the_site() -> None:
-    moved = docs_hooks.relinked("[a](../tests/reference.py) [b](options.md#x) [c](../configs) [d](https://e.f/g)", DOCS[0])
-    assert moved == "[a](source/tests/reference.py.md) [b](options.md#x) [c](source/configs/index.md) [d](https://e.f/g)"
+    moved = docs_hooks.relinked(
+        "[a](../tests/reference.py) [b](options.md#x) [c](../configs) [d](https://e.f/g)", DOCS[0]
+    )
+    assert (
+        moved == "[a](source/tests/reference.py.md) [b](options.md#x) [c](source/configs/index.md) [d](https://e.f/g)"
+    )
     moved = docs_hooks.relinked("[a](docs/options.md#x)", ROOT / "README.md")
     assert moved == "[a](../options.md#x)"
     assert ROOT / "tests/reference.py" in docs_hooks.linked_files()

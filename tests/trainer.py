@@ -42,7 +42,9 @@ def launch(
     output.touch()
     with launch_port() as port:
         processes = [
-            CONTEXT.Process(target=_rank, args=(ROOT / folder / script, list(arguments), rank, ranks, port, str(output)))
+            CONTEXT.Process(
+                target=_rank, args=(ROOT / folder / script, list(arguments), rank, ranks, port, str(output))
+            )
             for rank in range(ranks)
         ]
         hung = _hung(processes, timeout)
