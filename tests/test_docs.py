@@ -106,7 +106,7 @@ def test_commands_have_options_that_their_scripts_know(page: str, known: dict[st
 
 
 def test_commands_are_found_and_wrong_ones_too(known: dict[str, set[str]]) -> None:
-    text = "    deepspeed --num_gpus 2 launch/train.py C \\\n        --work-dir W --resume-from X\n    launch/test.py --eval x\n -x"
+    text = "deepspeed launch/train.py C \\\n  --work-dir W --resume-from X\nlaunch/test.py --eval x\n -x"
     assert list(commands(text)) == [("train", ["--work-dir", "--resume-from"]), ("test", ["--eval"])]
     assert {"--work-dir", "--dry-run", "--deepspeed_config", "--cfg-options"} <= known["train"]
     assert "--resume-from" not in known["train"]
