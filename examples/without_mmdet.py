@@ -32,12 +32,12 @@ class TwoHeads(nn.Module):
 torch.manual_seed(0)
 engine = agvm_ds.initialize(model=TwoHeads(), config=CONFIG)[0]
 random = torch.Generator().manual_seed(1 + engine.global_rank)
-for update in range(1, 201):
+for update in range(1, 101):
     for _ in range(engine.gradient_accumulation_steps()):
         x = torch.randn(32, 16, generator=random).to(engine.device)
         loss = engine(x, x[:, :4].argmax(1))
         engine.backward(loss)
         engine.step()
-    if update % 20 == 0 and engine.global_rank == 0:
+    if update % 10 == 0 and engine.global_rank == 0:
         factors = ", ".join(f"{module} {mu:.3f}" for module, mu in engine.agvm.scale_factors.items())
         print(f"update {update}: loss {loss.item():.3f}, scale factors: {factors}", flush=True)
