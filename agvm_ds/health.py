@@ -68,7 +68,7 @@ class Health:
             yield (
                 "unmeasured",
                 f"module {name} has had no variance in any of {WINDOW} measures: no gradient reaches it, and its scale "
-                "factor stays 1",
+                "factor stays as it is",
             )
         if name == self.controller.anchor or math.isnan(measure.ratios[name]):
             return

@@ -177,7 +177,8 @@ class ThroughputHook(Hook):
         now = time.perf_counter()
         taken = now - self._since
         self.seconds, self.updates, self._since = self.seconds + taken, self.updates + 1, now
-        runner.log_buffer.update({"images/s": self.images / taken})
+        # Weighted by its seconds: the mean over an interval is then all its images over all its seconds.
+        runner.log_buffer.update({"images/s": self.images / taken}, count=taken)
 
     @property
     def speed(self) -> float:

@@ -23,6 +23,8 @@ def refuse_unsupported(cfg: Config, plan: Plan) -> None:
     problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *_bad_updates(cfg), *_writers(plan)]
     if problems:
         raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
+    if cfg.get("rfnext_search"):
+        plan.notes.append("the config's rfnext_search is set aside: a search over dilations is not done here")
     if cfg.get("auto_resume"):
         plan.notes.append("the config's auto_resume is set aside: --resume continues a run")
 

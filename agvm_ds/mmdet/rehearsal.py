@@ -65,7 +65,7 @@ def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, modules: list[tu
     if torch.cuda.is_available():
         made.append(("peak memory, this rank", f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB"))
     console.print(table("the first update", ("what", "value"), made))
-    console.print("dry run: nothing was written; the same command without --dry-run trains")
+    console.print("dry run: no work dir was made or changed; the same command without --dry-run trains")
 
 
 def table(title: str, head: tuple[str, ...], rows: list[Any]) -> Table:

@@ -129,7 +129,9 @@ def open_log(cfg: Config, work_dir: Path | None) -> logging.Logger:
     logger = get_root_logger(file, cfg.get("log_level", "INFO"))
     own = logging.getLogger("agvm_ds")
     own.handlers, own.propagate = logger.handlers, False
+    own.setLevel(logger.level)
     setup_multi_processes(cfg)
+    torch.backends.cudnn.benchmark = bool(cfg.get("cudnn_benchmark", False))
     if comm.get_rank() == 0:
         logger.info("Environment:\n%s", "\n".join(f"{key}: {value}" for key, value in collect_env().items()))
     return logger  # type: ignore[no-any-return]

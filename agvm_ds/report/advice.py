@@ -63,7 +63,7 @@ def advise(measures: Measures, batch: int, batches: Sequence[int] = BATCHES, par
         name: (np.array(measures.noise[name][first:]), np.array(measures.signal[name][first:]))
         for name in measures.modules
     }
-    columns = {name: pair for name, pair in columns.items() if np.isfinite(pair[0]).all()}
+    columns = {name: pair for name, pair in columns.items() if np.isfinite(pair[0] + pair[1]).any()}
     count = len(measures.updates) - first
     if not columns:
         raise ValueError("no measure has noise and signal: they are the pairwise estimator's (agvm.estimator)")
@@ -82,8 +82,8 @@ def advise(measures: Measures, batch: int, batches: Sequence[int] = BATCHES, par
 
 
 def sum_of(columns: Mapping[str, tuple[Array, Array]], which: int) -> Array:
-    """Over the modules."""
-    return np.sum([pair[which] for pair in columns.values()], axis=0)
+    """Over the modules; in a measure in which one has none, over the others."""
+    return np.nansum([pair[which] for pair in columns.values()], axis=0)
 
 
 def blocks(count: int, draws: int = DRAWS) -> NDArray[np.int64]:
@@ -95,9 +95,16 @@ def blocks(count: int, draws: int = DRAWS) -> NDArray[np.int64]:
 
 def critical_batch(noise: Array, signal: Array, picks: NDArray[np.int64]) -> Interval:
     """Mean noise over mean signal; infinite where the signal's mean is not above 0."""
-    drawn = [ratio(n, s) for n, s in zip(noise[picks].mean(1), signal[picks].mean(1), strict=True)]
+    drawn = [ratio(n, s) for n, s in zip(_means(noise[picks]), _means(signal[picks]), strict=True)]
     low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
-    return Interval(ratio(noise.mean(), signal.mean()), float(low), float(high))
+    return Interval(ratio(np.nanmean(noise), np.nanmean(signal)), float(low), float(high))
+
+
+def _means(draws: Array) -> Array:
+    """Of each draw, over the measures that are defined; nan where none is."""
+    defined = np.isfinite(draws)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(defined, draws, 0).sum(1) / defined.sum(1))
 
 
 def ratio(noise: float, signal: float) -> float:

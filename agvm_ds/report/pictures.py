@@ -98,20 +98,17 @@ def _curves(runs: Sequence[Run], key: str, mode: str = "train") -> Figure:
 def _by_module(runs: Sequence[Run], quantity: str, label: str) -> Figure:
     """A panel a run, side by side, on one scale."""
 
-    def draw(axes: Any, run: Run, measures: Measures) -> None:
-        for place, name in enumerate(measures.modules):
-            values = getattr(measures, quantity)[name]
-            draw_module(axes, measures.updates, values, style(place), faint=quantity == "variance")
+    def draw(axes: Any, run: Run, measures: Measures, name: str, look: dict[str, Any]) -> None:
+        draw_module(axes, measures.updates, getattr(measures, quantity)[name], look, faint=quantity == "variance")
 
     return _panels(runs, label, draw)
 
 
 def _noise_scales(runs: Sequence[Run]) -> Figure:
-    def draw(axes: Any, run: Run, measures: Measures) -> None:
+    def draw(axes: Any, run: Run, measures: Measures, name: str, look: dict[str, Any]) -> None:
         axes.axhline(run.batch, color="0.6", linewidth=1)
         axes.set_yscale("log")
-        for place, name in enumerate(measures.modules):
-            draw_module(axes, measures.updates, pooled(measures, name), style(place), faint=False)
+        draw_module(axes, measures.updates, pooled(measures, name), look, faint=False)
 
     return _panels(runs, "noise scale, images", draw)
 
@@ -136,20 +133,18 @@ def _mean(values: Any) -> float:
     return float(np.nanmean(values)) if _some(values) else math.nan
 
 
-def _panels(runs: Sequence[Run], label: str, draw: Callable[[Any, Run, Measures], None]) -> Figure:
+def _panels(runs: Sequence[Run], label: str, draw: Callable[[Any, Run, Measures, str, dict[str, Any]], None]) -> Figure:
+    """A panel a run; a module has the same line in all of them, and black is the first run's anchor."""
     figure = empty_figure(max(5.2 * len(runs), 8), 4.2)
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    longest: Measures | None = None
+    seen = [run.measures for run in runs if run.measures is not None]
+    names = list(dict.fromkeys(name for measures in seen for name in measures.modules))
     for axes, run in zip(panels, runs, strict=True):
-        measures = run.measures
-        if measures is None:
-            continue
-        draw(axes, run, measures)
+        for name in run.measures.modules if run.measures else ():
+            draw(axes, run, run.measures, name, style(names.index(name)))
         dress(axes, label if axes is panels[0] else "")
         axes.set_title(run.name, loc="left", fontsize=10)
         axes.set_xlabel("updates")
-        if longest is None or len(measures.modules) > len(longest.modules):
-            longest = measures
-    if longest is not None:
-        module_legend(figure, longest.modules, longest.anchor)
+    anchors = {measures.anchor for measures in seen}
+    module_legend(figure, names, seen[0].anchor if len(anchors) == 1 else "")
     return figure

@@ -55,7 +55,7 @@ class Run:
         """What tells runs apart, and how they ended: column -> text."""
         block = self.deepspeed.get("agvm") or {}
         agvm = "off"
-        if block.get("enabled", bool(block)):
+        if block.get("enabled"):
             agvm = f"{block['estimator']}, every {block['interval']}" + (
                 "" if block.get("modulate", True) else ", watching"
             )
@@ -103,7 +103,7 @@ def read_run(work_dir: Path) -> Run:
         config=(work_dir / "config.py").read_text(),
         train={_update(line, per_epoch): line for line in lines if line.get("mode") == "train"},
         val={int(line["update"]): line for line in lines if line.get("mode") == "val" and "update" in line},
-        measures=read_measures(work_dir / "agvm.jsonl") if "agvm" in block else None,
+        measures=read_measures(work_dir / "agvm.jsonl") if (block.get("agvm") or {}).get("enabled") else None,
     )
 
 

@@ -84,6 +84,16 @@ def test_a_signal_of_nothing_is_infinite() -> None:
     assert math.isinf(advise(measures, 16, part=1.0).critical["head"].value)
 
 
+def test_a_measure_that_a_module_has_not_leaves_the_module_in() -> None:
+    whole, holes = synthetic(400, 8, 16), synthetic(400, 8, 16)
+    for column in (holes.noise["head"], holes.signal["head"]):
+        column[::7] = [math.nan] * len(column[::7])
+    found, right = advise(holes, 128, part=1.0), advise(whole, 128, part=1.0)
+    assert found.critical["head"].value == pytest.approx(right.critical["head"].value, rel=0.05)
+    assert found.critical["backbone"] == right.critical["backbone"]
+    assert found.limits == "head"
+
+
 def test_too_few_measures_and_none_with_a_signal_are_refused() -> None:
     with pytest.raises(ValueError, match="6 measures in the last 50% of the run; at least 10"):
         advise(synthetic(12, 4, 4), 16)
