@@ -97,7 +97,7 @@ def critical_batch(noise: Array, signal: Array, picks: NDArray[np.int64]) -> Int
     """Mean noise over mean signal; infinite where the signal's mean is not above 0."""
     drawn = [ratio(n, s) for n, s in zip(_means(noise[picks]), _means(signal[picks]), strict=True)]
     low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
-    return Interval(ratio(np.nanmean(noise), np.nanmean(signal)), float(low), float(high))
+    return Interval(ratio(float(np.nanmean(noise)), float(np.nanmean(signal))), float(low), float(high))
 
 
 def _means(draws: Array) -> Array:

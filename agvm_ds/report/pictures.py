@@ -140,8 +140,9 @@ def _panels(runs: Sequence[Run], label: str, draw: Callable[[Any, Run, Measures,
     seen = [run.measures for run in runs if run.measures is not None]
     names = list(dict.fromkeys(name for measures in seen for name in measures.modules))
     for axes, run in zip(panels, runs, strict=True):
-        for name in run.measures.modules if run.measures else ():
-            draw(axes, run, run.measures, name, style(names.index(name)))
+        if (measures := run.measures) is not None:
+            for name in measures.modules:
+                draw(axes, run, measures, name, style(names.index(name)))
         dress(axes, label if axes is panels[0] else "")
         axes.set_title(run.name, loc="left", fontsize=10)
         axes.set_xlabel("updates")
