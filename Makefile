@@ -52,8 +52,7 @@ study: $(STAMP) ## the large-batch study of docs/study.md: what is left of it, t
 study-report: $(STAMP) ## its tables and figures, from the committed lines (seconds)
 	$(BIN)/python -m benchmarks.study report
 
-docs: $(STAMP) ## the documentation site, in work_dirs/site, its links checked (a minute)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[docs]
+docs: $(STAMP) ## the documentation site, in work_dirs/site, its links checked (a few seconds)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## ruff, mypy, import-linter

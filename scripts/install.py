@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 TRIED = (3, 11)
-EXTRAS = "mmdet,demo,tensorboard,dev"
+EXTRAS = "mmdet,demo,tensorboard,docs,dev"
 STEPS = 5
 
 PIP_NEWS = re.compile(r"\s*(Collecting|Downloading|Building|Preparing|Installing|Attempting)\b")

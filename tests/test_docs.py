@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,13 @@ def test_variance_and_noise_scale_are_related_as_concepts_says(critical: float, 
     s2, g2 = n * (1 + critical * n / batch), 1 + critical / batch
     assert noise_scale(s2, g2, n, batch // n) == pytest.approx(critical)
     assert pairwise_variance(s2, g2, n) == pytest.approx(2 * critical / (2 * critical + batch))
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Strict: a link or an anchor that leads nowhere, or a page that is not in the navigation, is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "json-reference.html").read_text()
+    assert "ratio_bounds" in page and "<!-- keys" not in page
+    assert "scale_factors" in (tmp_path / "api.html").read_text()
