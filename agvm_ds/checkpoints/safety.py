@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
+from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+def enum_member(kind: Any, name: Any) -> Enum:
+    """``getattr`` for members of enums alone. Raises pickle.UnpicklingError for anything else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) is not a member of an enum")
+    return kind[name]
+
+
+DEEPSPEED_CLASSES: list[Any] = [
+    *(LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
+    (enum_member, "builtins.getattr"),  # by which Python 3.11.2 pickles a member of an enum
+]
 """All that DeepSpeed 0.19 puts into its checkpoints beside tensors and Python's plain types."""
 
 _ONLY, _ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

@@ -47,6 +47,33 @@ def test_what_deepspeed_saves_is_data(tmp_path: Path) -> None:
         torch.load(tmp_path / "x.pt", weights_only=True)
 
 
+class ByName:
+    """What stands in a pickle for ``getattr(kind, name)``."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+def test_an_enums_member_as_python_3_11_2_saves_it(tmp_path: Path) -> None:
+    """Debian 12's Python: a run could not resume from its own checkpoint."""
+    torch.save({"stage": ByName(ZeroStageEnum, "gradients")}, tmp_path / "x.pt")
+    with weights_only():
+        assert torch.load(tmp_path / "x.pt")["stage"] is ZeroStageEnum.gradients
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(ZeroStageEnum, "__class__"), (LossScaler, "__init__"), ("text", "format"), (fragment_address, "_make")],
+)
+def test_no_other_attribute_is_fetched(kind: Any, name: str, tmp_path: Path) -> None:
+    torch.save(ByName(kind, name), tmp_path / "x.pt")
+    with weights_only(), pytest.raises(pickle.UnpicklingError, match="is not a member of an enum"):
+        torch.load(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("context", [weights_only, any_pickle])
 def test_the_environment_is_as_it_was(
     context: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
