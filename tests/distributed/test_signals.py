@@ -34,6 +34,18 @@ def one_is_asked() -> list[bool]:
     return [*heard, watch.stop_asked("cpu")]
 
 
+def heard_along_with_losses() -> list[bool]:
+    """In a rank: of two micro-batches the first had news; it answers once, and then the ranks ask each other again."""
+    watch = RankWatch(lambda error: None)
+    watch.hear_of(True)
+    watch.hear_of(False)
+    return [watch.stop_asked("cpu"), watch.stop_asked("cpu")]
+
+
+def test_what_was_heard_along_with_the_losses_is_the_answer_once(tmp_path: Path) -> None:
+    assert run_ranks(heard_along_with_losses, 2, tmp_path) == [[True, False]] * 2
+
+
 def test_all_ranks_hear_that_one_was_asked_to_stop(tmp_path: Path) -> None:
     assert run_ranks(one_is_asked, 2, tmp_path) == [[False, True]] * 2
 

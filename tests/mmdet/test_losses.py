@@ -68,6 +68,26 @@ def bad_and_many() -> Any:
     return bad, many[1] == dict(mmdets[1]), own
 
 
+class Watch:
+    """A rank that was asked to stop, or not, and what it hears of all."""
+
+    def __init__(self, asked: bool) -> None:
+        self.asked = asked
+        self.heard: list[bool] = []
+
+    def hear_of(self, anyone: bool) -> None:
+        self.heard.append(anyone)
+
+
+def asked_on_rank_1() -> Any:
+    """In a rank: what is heard when rank 1 is asked, and when nobody is; the means of the former."""
+    rank = comm.get_rank()
+    asked, nobody = Watch(rank == 1), Watch(False)
+    means = parse_losses(Detector(), losses_of(rank), asked)[1]  # type: ignore[arg-type]
+    parse_losses(Detector(), losses_of(rank), nobody)  # type: ignore[arg-type]
+    return asked.heard, nobody.heard, means == parse_losses(Detector(), losses_of(rank))[1]
+
+
 def another_number() -> None:
     parse_losses(Detector(), losses_of(comm.get_rank(), 3 + comm.get_rank()))
 
@@ -91,3 +111,7 @@ def test_bad_numbers_many_losses_and_detectors_with_a_way_of_their_own(tmp_path:
 def test_another_number_of_losses_on_a_rank_is_told_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match=r"rank \d has \d losses, another rank not as many; here: loss_0, "):
         run_ranks(another_number, 2, tmp_path)
+
+
+def test_who_was_asked_to_stop_is_heard_along_with_the_losses(tmp_path: Path) -> None:
+    assert run_ranks(asked_on_rank_1, 2, tmp_path) == [([True], [False], True)] * 2
