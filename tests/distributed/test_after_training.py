@@ -40,7 +40,7 @@ def raw(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def test_a_deepspeed_checkpoint_is_measured_like_its_pth_on_other_ranks(
-    learned: Path, raw: list[Any], tmp_path: Path
+    learned: Path, digits: Path, raw: list[Any], tmp_path: Path
 ) -> None:
     """Saved by two ranks, tested by three, of which two draw three images and one draws two."""
     work = learned.parent
@@ -51,8 +51,7 @@ def test_a_deepspeed_checkpoint_is_measured_like_its_pth_on_other_ranks(
     assert written["metric"]["bbox_mAP"] == pytest.approx(logged(learned.parent)[-1]["bbox_mAP"], abs=1e-3)
     drawn = sorted((tmp_path / "shown").iterdir())
     assert [path.name for path in drawn] == [f"{number:06}.png" for number in range(1, 9)]
-    images = learned.parent.parent.parent.glob("data*/digits/val")
-    original = {path.name: cv2.imread(str(path)) for path in next(images).iterdir()}
+    original = {path.name: cv2.imread(str(path)) for path in (digits / "val").iterdir()}
     assert all(cv2.imread(str(path)).shape == original[path.name].shape for path in drawn)
     assert all((cv2.imread(str(path)) != original[path.name]).any() for path in drawn)
 
