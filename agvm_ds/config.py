@@ -121,6 +121,15 @@ class AGVMConfig(BaseModel):
         """Whether the gradient variance is estimated in update ``t``."""
         return self.active(t) and t % self.interval == 0
 
+    def measures(self, updates: int) -> list[int]:
+        """The measured updates of a run of so many."""
+        return [t for t in range(self.start_step, updates) if self.measured(t)]
+
+    @property
+    def memory(self) -> float:
+        """How many measures the moving average remembers."""
+        return 1 / (1 - self.ema_decay) if self.ema_decay < 1 else math.inf
+
     def clips(self, t: int) -> bool:
         """Whether DeepSpeed's ``gradient_clipping`` acts in update ``t``."""
         return self.clip_window is None or self.clip_window[0] <= t <= self.clip_window[1]

@@ -134,19 +134,17 @@ def standard_error(values: deque[float]) -> float:
 
 def schedule_warnings(config: AGVMConfig, updates: int, warm_up: int) -> list[str]:
     """What does not fit in the block for a run of so many updates, the first ``warm_up`` of which warm the rate up."""
-    last = min(updates - 1, updates - 1 if config.stop_step is None else config.stop_step)
-    measures = sum(1 for t in range(config.start_step, last + 1) if config.measured(t))
+    measures = len(config.measures(updates))
     found = []
     if not measures:
         return [
             f"agvm: no update of this run is measured: it has {updates}, start_step is {config.start_step}, stop_step "
             f"{config.stop_step}, interval {config.interval}"
         ]
-    memory = 1 / (1 - config.ema_decay) if config.ema_decay < 1 else math.inf
-    if measures < FEWEST * memory:
+    if measures < FEWEST * config.memory:
         found.append(
             f"agvm.interval = {config.interval}: the run has {measures} measures, and the moving average remembers "
-            f"{memory:.0f} (ema_decay = {config.ema_decay}): scale factors will hardly follow; measure more often, or "
+            f"{config.memory:.0f} (ema_decay = {config.ema_decay}): scale factors will hardly follow; measure more often, or "
             "lower ema_decay"
         )
     if config.start_step < warm_up and config.modulate:

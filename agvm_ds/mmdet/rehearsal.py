@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from agvm_ds.bases import preconditioned
 from agvm_ds.groups import PARAMS, Group
 from agvm_ds.mmdet.plan import Plan
 from agvm_ds.mmdet.planning.memory import GIB, footprint, moments_of, needs
@@ -142,7 +141,7 @@ def warm_up_updates(cfg: Config, per_epoch: int) -> int:
 def agvm_rows(config: Any, updates: int) -> list[tuple[str, str]]:
     """Its windows over the run."""
     last = min(updates - 1, updates - 1 if config.stop_step is None else config.stop_step)
-    measured = [t for t in range(config.start_step, last + 1) if config.measured(t)]
+    measured = config.measures(updates)
     span = (
         f"{len(measured):,}: updates {measured[0]:,} to {measured[-1]:,}, every {config.interval}"
         if measured
@@ -155,7 +154,7 @@ def agvm_rows(config: Any, updates: int) -> list[tuple[str, str]]:
         ("measures", span),
     ]
     if config.ema_decay < 1:
-        rows.append(("the average remembers", f"{1 / (1 - config.ema_decay):.0f} measures"))
+        rows.append(("the average remembers", f"{config.memory:.0f} measures"))
     if config.clip_window is not None:
         rows.append(("clipping", f"updates {config.clip_window[0]:,} to {config.clip_window[1]:,}"))
     return rows
@@ -166,7 +165,7 @@ def memory_table(cfg: Config, plan: Plan, engine: Any) -> Table:
     sizes = footprint(cfg)
     optimizer = engine.basic_optimizer
     base = getattr(optimizer, "base", type(optimizer))
-    moments = 2 if preconditioned(base) or not base.__module__.startswith("torch.optim") else _moments(base, optimizer)
+    moments = moments_of(base, optimizer.defaults)
     agvm = engine.agvm
     elementwise = agvm is not None and (agvm.config.estimator == "split" or agvm.preconditioned)
     stage = int(engine.zero_optimization_stage())
@@ -181,8 +180,3 @@ def memory_table(cfg: Config, plan: Plan, engine: Any) -> Table:
         ("ZeRO stage", "weights, gradients, states", "reduce bucket", "AGVM", "all"),
         rows,
     )
-
-
-def _moments(base: Any, optimizer: Any) -> int:
-    group = {key: value for key, value in optimizer.defaults.items() if key not in ("params",)}
-    return moments_of(base, group)

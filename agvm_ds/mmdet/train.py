@@ -104,7 +104,8 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
     setup = optimizer.build(detector, cfg, plan)
-    modules = list(rehearsal.module_rows(detector, setup.groups))  # before ZeRO cuts the parameters
+    # Before ZeRO cuts the parameters.
+    modules = list(rehearsal.module_rows(detector, setup.groups)) if options.dry_run else []
     unrounded = keep_unrounded(detector) if plan.half else {}
     saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
     if options.dry_run:
