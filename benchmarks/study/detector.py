@@ -1,4 +1,4 @@
-# The study's detector: the demo's Faster R-CNN with BatchNorm in its backbone, on 4,096 images, measured on two sets of 512.
+# The study's detector: the demo's Faster R-CNN with BatchNorm in its backbone, on 2,048 images, measured on two sets of 512.
 # What a run adds (optimizer, schedule, length) is written by benchmarks/study/launch.py, which also makes the data.
 _base_ = "../../agvm_ds/demo/faster_rcnn_digits.py"
 model = dict(backbone=dict(norm_cfg=dict(_delete_=True, type="BN", requires_grad=True), norm_eval=False))

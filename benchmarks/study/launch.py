@@ -19,7 +19,18 @@ from typing import Any
 from agvm_ds.demo.data import ensure
 from agvm_ds.monitor import plain_number
 from benchmarks.study.plan import DIVERGED, DONE, FAILED, Line
-from benchmarks.study.protocol import ALONE, CHOOSING_SEED, IMAGES, OPTIMIZERS, SET, STEPS, WARM_UP, Run, agvm_block
+from benchmarks.study.protocol import (
+    ALONE,
+    CHOOSING_SEED,
+    IMAGES,
+    MICRO,
+    OPTIMIZERS,
+    SET,
+    STEPS,
+    WARM_UP,
+    Run,
+    agvm_block,
+)
 from tests.launch import launch_port
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +95,7 @@ def deepspeed_settings(run: Run) -> dict[str, Any]:
     """The run's DeepSpeed JSON; clipping is the demo's, and the same for all."""
     return {
         "train_batch_size": run.batch,
-        "train_micro_batch_size_per_gpu": run.micro,
+        "train_micro_batch_size_per_gpu": MICRO,
         "zero_optimization": {"stage": 0},
         "gradient_clipping": 10.0,
         "agvm": agvm_block(run),

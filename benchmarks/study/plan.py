@@ -10,10 +10,12 @@ from typing import Any
 from benchmarks.study.protocol import (
     ABLATION,
     ABLATION_BATCH,
-    ABLATION_SEEDS,
     ALONE,
     BASE_BATCH,
+    BATCHES,
     CHOOSING_SEED,
+    EQUAL_UPDATES,
+    FEWER_SEEDS,
     FIRST_RATES,
     METHODS,
     MODULATED,
@@ -26,7 +28,7 @@ from benchmarks.study.protocol import (
 Line = Mapping[str, Any]
 """What runs.jsonl has of a run."""
 DIVERGED, FAILED, DONE = "diverged", "failed", "done"
-ORDER = (256, 128, 512)
+ORDER = (128, 256, 64)
 """Of the larger batches: first the one at which it is most open whether AGVM helps."""
 
 
@@ -100,7 +102,8 @@ class Study:
     def reported(self, cell: Cell, series: str = "epochs") -> list[Run]:
         """The cell's runs with the other seeds; none while its rate is not chosen."""
         chosen = self.chosen(cell)
-        return [chosen.with_(series=series, seed=seed) for seed in SEEDS] if chosen else []
+        seeds = FEWER_SEEDS if series == "updates" else SEEDS
+        return [chosen.with_(series=series, seed=seed) for seed in seeds] if chosen else []
 
     def ablation(self, base: str) -> list[Run]:
         """AGVM with one setting changed, at its chosen rate."""
@@ -108,9 +111,7 @@ class Study:
         if chosen is None:
             return []
         return [
-            chosen.with_(series="ablation", seed=seed, changed=changed)
-            for changed in ABLATION
-            for seed in ABLATION_SEEDS
+            chosen.with_(series="ablation", seed=seed, changed=changed) for changed in ABLATION for seed in FEWER_SEEDS
         ]
 
     @cached_property
@@ -118,7 +119,7 @@ class Study:
         """All runs that are known by now, in their order."""
         found = [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
         for base in MODULATED:
-            for batch in (256, 512, BASE_BATCH):
+            for batch in (batch for batch in reversed(BATCHES) if batch != EQUAL_UPDATES):
                 for method in METHODS:
                     found += self.reported(Cell(base, method, batch), "updates")
         return found + [run for base in MODULATED for run in self.ablation(base)]

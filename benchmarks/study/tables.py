@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
-from benchmarks.study.protocol import BATCHES, MODULATED, Run
+from benchmarks.study.protocol import ABLATION_BATCH, BATCHES, MODULATED, SEEDS, Run
 
 NONE = ""
 
@@ -41,7 +41,7 @@ def spread(values: Sequence[float]) -> str:
     """Mean, standard deviation, and how many if not four."""
     if not values:
         return NONE
-    few = "" if len(values) == 4 else f" ({len(values)})"
+    few = "" if len(values) == len(SEEDS) else f" ({len(values)})"
     return f"{fmean(values):.3f} ± {stdev(values):.3f}{few}" if len(values) > 1 else f"{values[0]:.3f} (1)"
 
 
@@ -105,7 +105,7 @@ def ablation(study: Study) -> str:
     """What was changed: mAP."""
     rows = []
     for base in MODULATED:
-        groups: dict[str, list[Run]] = {"nothing": study.reported(Cell(base, "pairwise", 256))}
+        groups: dict[str, list[Run]] = {"nothing": study.reported(Cell(base, "pairwise", ABLATION_BATCH))}
         for run in study.ablation(base):
             groups.setdefault(", ".join(f"{key} = {value}" for key, value in run.changed.items()), []).append(run)
         rows += [[base, what, spread(scores(study, runs))] for what, runs in groups.items()]
