@@ -1,128 +1,124 @@
-"""The study's figures, from its lines. Colours are Okabe and Ito's, and no two lines differ by colour alone."""
+"""The study's figures, from its lines, in the line styles of the run reports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-
+from agvm_ds.report.figures import dress, empty_figure, module_legend, save, style
 from benchmarks.study.launch import BINS
-from benchmarks.study.plan import Cell, Study
+from benchmarks.study.plan import Cell, Line, Study
 from benchmarks.study.protocol import ALONE, BATCHES, METHODS, MODULATED
 from benchmarks.study.tables import scores, title
-
-STYLES: list[dict[str, Any]] = [
-    {"color": "#000000", "linestyle": "-", "marker": "o"},
-    {"color": "#0072B2", "linestyle": "--", "marker": "s"},
-    {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
-    {"color": "#009E73", "linestyle": ":", "marker": "D"},
-    {"color": "#CC79A7", "linestyle": (0, (5, 1)), "marker": "v"},
-]
 
 
 def draw(study: Study, folder: Path) -> list[str]:
     """Write the figures for which there are lines; their names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    figures: list[tuple[str, Any]] = [("accuracy.png", accuracy(study))]
-    figures += [(f"variance_{base}.png", variances(study, base)) for base in MODULATED]
-    figures += [(f"curves_{base}.png", curves(study, base)) for base in MODULATED]
-    for name, figure in figures:
-        if figure is not None:
-            figure.savefig(folder / name, dpi=110, metadata={"Software": None})
-            plt.close(figure)
-            names.append(name)
-    return names
+    figures = {
+        "accuracy.png": accuracy(study),
+        **{f"variance_{base}.png": variances(study, base) for base in MODULATED},
+        **{f"curves_{base}.png": curves(study, base) for base in MODULATED},
+    }
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        save(figure, folder / name)
+    return list(drawn)
 
 
-def accuracy(study: Study) -> Any:
-    """MAP of the reported seeds by batch, a panel a base: mean and standard deviation."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    drawn = False
-    for axis, base in zip(axes, MODULATED, strict=True):
-        rows = [(base, method) for method in METHODS] + ([(name, "plain") for name in ALONE] if base == "AdamW" else [])
-        for (kind, method), style in zip(rows, STYLES * 2, strict=False):
+def accuracy(study: Study) -> Figure | None:
+    """mAP of the reported seeds by batch, a panel a base: mean and standard deviation."""
+    figure = empty_figure(10, 4.4)
+    panels = figure.subplots(1, len(MODULATED), sharey=True)
+    for axes, base in zip(panels, MODULATED, strict=True):
+        rows = [(base, method) for method in METHODS]
+        if base == MODULATED[-1]:
+            rows += [(name, "plain") for name in ALONE]
+        for place, (kind, method) in enumerate(rows):
             points = [(batch, scores(study, study.reported(Cell(kind, method, batch)))) for batch in BATCHES]
             points = [(batch, values) for batch, values in points if len(values) > 1]
             if points:
-                batches, means, deviations = zip(*[(b, fmean(v), stdev(v)) for b, v in points], strict=True)
-                axis.errorbar(batches, means, deviations, capsize=3, label=title(kind, method), **style)
-                drawn = True
-        axis.set(xlabel="batch, images", title=base, xscale="log", xticks=BATCHES)
-        axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend()
-    axes[0].set_ylabel("mAP on report, seeds 1 to 4")
-    return figure if drawn else _none(figure)
+                batches, means, spreads = zip(*[(b, fmean(v), stdev(v)) for b, v in points], strict=True)
+                # beside each other, not on top
+                shifted = [batch * 1.03 ** (place - 1.5) for batch in batches]
+                axes.errorbar(shifted, means, spreads, capsize=3, marker="o", label=title(kind, method), **style(place))
+        axes.set_xscale("log")
+        axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+        axes.minorticks_off()
+        axes.set(xlabel="batch, images", title=base)
+        dress(axes, "mAP on report" if axes is panels[0] else "")
+        if axes.has_data():
+            axes.legend(frameon=False, handlelength=3.5, fontsize=9)
+    return figure if any(axes.has_data() for axes in panels) else None
 
 
-def _none(figure: Any) -> None:
-    plt.close(figure)
-
-
-def variances(study: Study, base: str) -> Any:
+def variances(study: Study, base: str) -> Figure | None:
     """Gradient variance by module over training: plain above, with AGVM below, scale factors under it; a column a batch."""
-    figure, axes = plt.subplots(3, len(BATCHES), figsize=(13, 8), sharex=True, sharey="row", layout="constrained")
-    rows = [("plain", "variance"), ("pairwise", "variance"), ("pairwise", "scale_factor")]
-    drawn = False
+    figure = empty_figure(13, 8)
+    panels = figure.subplots(3, len(BATCHES), sharex=True, sharey="row")
+    rows = (
+        ("plain", "variance", "variance Φ, plain"),
+        ("pairwise", "variance", "variance Φ, AGVM pairwise"),
+        ("pairwise", "scale_factor", "scale factor μ"),
+    )
+    names: list[str] = []
     for column, batch in enumerate(BATCHES):
-        for row, (method, quantity) in enumerate(rows):
-            chosen = study.chosen(Cell(base, method, batch))
-            if chosen is not None:
-                _by_module(axes[row][column], study.known[chosen.key]["measures"], quantity)
-                drawn = True
-        axes[0][column].set_title(f"batch {batch}")
-        axes[-1][column].set_xlabel("share of the run")
-    for axis, label in zip(axes[:, 0], ("variance, plain", "variance, AGVM pairwise", "scale factor"), strict=True):
-        axis.set_ylabel(label)
-    if not drawn:
-        return _none(figure)
-    handles = next(axis for axis in axes.flat if axis.has_data()).get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4)
-    figure.suptitle(f"{base}, seed 0 at the chosen rate")
+        for row, (method, quantity, label) in enumerate(rows):
+            line = _chosen(study, Cell(base, method, batch))
+            if line is not None:
+                names = list(line["measures"])
+                _by_module(panels[row][column], line["measures"], quantity)
+            dress(panels[row][column], label if column == 0 else "")
+        panels[0][column].set_title(f"batch {batch}")
+        panels[-1][column].set_xlabel("share of the run")
+    if not names:
+        return None
+    module_legend(figure, names, names[0])
+    figure.suptitle(f"{base}, seed 0 at the chosen rate", x=0.01, ha="left", fontweight="bold")
     return figure
 
 
-def _by_module(axis: Any, measures: dict[str, dict[str, Sequence[Any]]], quantity: str) -> None:
-    shares = [(k + 0.5) / BINS for k in range(BINS)]
-    for (name, columns), style in zip(measures.items(), STYLES, strict=False):
+def _chosen(study: Study, cell: Cell) -> Line | None:
+    """The line of a cell's run with the choosing seed, at the rate that was chosen."""
+    chosen = study.chosen(cell)
+    return study.known[chosen.key] if chosen else None
+
+
+def _by_module(axes: Axes, measures: Mapping[str, Mapping[str, Sequence[Any]]], quantity: str) -> None:
+    shares = (np.arange(BINS) + 0.5) / BINS
+    for place, columns in enumerate(measures.values()):
         values = [float("nan") if value is None else float(value) for value in columns[quantity]]
-        axis.plot(shares, values, label=name, markersize=3, **style)
-    axis.grid(alpha=0.3)
+        axes.plot(shares, values, **style(place))
 
 
-def curves(study: Study, base: str) -> Any:
-    """mAP and loss over updates, plain and with AGVM, seed 0 at the chosen rate; a column a batch."""
-    figure, axes = plt.subplots(2, len(BATCHES), figsize=(13, 6), sharey="row", layout="constrained")
-    drawn = False
+def curves(study: Study, base: str) -> Figure | None:
+    """mAP and loss over updates, each method with seed 0 at its chosen rate; a column a batch."""
+    figure = empty_figure(13, 6)
+    panels = figure.subplots(2, len(BATCHES), sharex="col", sharey="row")
     for column, batch in enumerate(BATCHES):
-        for method, style in zip(METHODS, STYLES, strict=False):
-            chosen = study.chosen(Cell(base, method, batch))
-            if chosen is None:
-                continue
-            line, drawn = study.known[chosen.key], True
-            axes[0][column].plot(
-                [p["update"] for p in line["curve"]], [p["report"] for p in line["curve"]], label=method, **style
-            )
-            axes[1][column].plot(*zip(*line["loss"], strict=True), label=method, **{**style, "marker": None})
-        axes[0][column].set_title(f"batch {batch}")
-        axes[1][column].set_xlabel("updates")
-        for axis in axes[:, column]:
-            axis.grid(alpha=0.3)
-    if not drawn:
-        return _none(figure)
-    axes[0][0].set_ylabel("mAP on report")
-    axes[1][0].set_ylabel("loss")
-    handles = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda pair: len(pair[0]))
-    figure.legend(*handles, loc="outside lower center", ncols=4)
-    figure.suptitle(f"{base}, seed 0 at the chosen rate")
+        above, below = panels[0][column], panels[1][column]
+        for place, method in enumerate(METHODS):
+            line = _chosen(study, Cell(base, method, batch))
+            if line is not None:
+                points = [(point["update"], point["report"]) for point in line["curve"]]
+                above.plot(*_columns(points), marker="o", label=title(base, method), **style(place))
+                below.plot(*_columns(line["loss"]), **style(place))
+        above.set_title(f"batch {batch}")
+        below.set_xlabel("update")
+        dress(above, "mAP on report" if column == 0 else "")
+        dress(below, "loss" if column == 0 else "")
+    labelled = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
+    if not labelled[0]:
+        return None
+    figure.legend(*labelled, loc="outside lower left", ncols=4, frameon=False, handlelength=3.5, fontsize=9)
+    figure.suptitle(f"{base}, seed 0 at the chosen rate", x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def _columns(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

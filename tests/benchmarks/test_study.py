@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 
 from agvm_ds.config import read_block
 from agvm_ds.variance import pairwise_variance
-from benchmarks.study import estimators, lines, tables
+from benchmarks.study import estimators, figures, lines, tables
 from benchmarks.study.launch import deepspeed_settings, in_bins, mean_factors, mmdet_settings
 from benchmarks.study.plan import Cell, Study
 from benchmarks.study.protocol import BATCHES, IMAGES, METHODS, Run, ema_decay, interval, rates
@@ -131,6 +132,33 @@ def test_the_tables_have_every_cell() -> None:
     assert "**" not in rows[2] and rows[2].startswith("| SGD |")
     assert "+0.000 ± 0.000" in tables.differences(study)
     assert "0 of those known by now are still to do" in tables.ended(list(study.known.values()))
+
+
+def drawable(line: dict[str, Any]) -> dict[str, Any]:
+    """An invented line with what the figures show."""
+    columns = {quantity: [0.5, None] + [0.25] * 14 for quantity in ("variance", "scale_factor")}
+    curve = [{"update": update, "report": line["report"] * update / 8} for update in (4, 8)]
+    return {**line, "measures": {"backbone": columns, "neck": columns}, "curve": curve, "loss": [[1, 2.0], [8, 1.0]]}
+
+
+def test_the_figures_draw_what_the_lines_say(tmp_path: Path) -> None:
+    study = Study([drawable(line) for line in whole()])
+    assert figures.draw(Study([]), tmp_path) == [] and not list(tmp_path.iterdir())
+    drawn = figures.draw(study, tmp_path)
+    assert len(drawn) == 5 and {path.name for path in tmp_path.iterdir()} == set(drawn)
+    figure = figures.accuracy(study)
+    assert figure is not None
+    handles, labels = figure.axes[1].get_legend_handles_labels()
+    assert labels == ["AdamW", "AdamW, pairwise", "AdamW, fixed", "AdamW, split", "LAMB", "LARS"]
+    means = handles[0].lines[0].get_ydata()
+    assert means == pytest.approx(
+        [mean(tables.scores(study, study.reported(Cell("AdamW", "plain", b)))) for b in BATCHES]
+    )
+    variance = figures.variances(study, "SGD")
+    assert variance is not None
+    line = variance.axes[0].lines[1]
+    assert list(line.get_ydata())[:3] == pytest.approx([0.5, math.nan, 0.25], nan_ok=True)
+    assert line.get_xdata()[-1] == 15.5 / 16
 
 
 def test_the_estimators_agree_with_the_formulas_on_inner_products() -> None:
