@@ -116,14 +116,9 @@ class Health:
             yield (
                 "noise",
                 f"one measure of the ratio of {name} has a standard error of {single:.2g}, its scale factor "
-                f"{measure.scale_factors[name]:.3g} one of {error:.2g}: with n = {self._n} micro-batches an update the "
-                "estimate is mostly noise; use more micro-batches, or a larger agvm.ema_decay",
+                f"{measure.scale_factors[name]:.3g} one of {error:.2g}: with n = {self.controller.shards.micro_batches} "
+                "micro-batches an update the estimate is mostly noise; use more micro-batches, or a larger agvm.ema_decay",
             )
-
-    @property
-    def _n(self) -> int:
-        shards = self.controller.shards
-        return shards.ranks * shards.accumulation
 
 
 def standard_error(values: deque[float]) -> float:

@@ -23,7 +23,7 @@ class Told:
     def __init__(self, **block: Any) -> None:
         self.config = AGVMConfig(**block)
         self.said: list[str] = []
-        shards = SimpleNamespace(ranks=2, accumulation=1)
+        shards = SimpleNamespace(micro_batches=2)
         controller: Any = SimpleNamespace(config=self.config, anchor=ANCHOR, modules=[ANCHOR, HEAD], shards=shards)
         self.health = Health(controller, lambda text, *values: self.said.append(text % values))
         self.factor = 1.0

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -186,7 +187,8 @@ def main() -> None:
             _ensure(args.root, args.train, args.val, args.seed, lambda: progress.advance(task))
             progress.update(task, completed=args.train + args.val)
     except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{args.root}: {args.train} training and {args.val} validation images")
 
 

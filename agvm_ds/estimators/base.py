@@ -88,7 +88,7 @@ class Estimator(ABC):
     @property
     def n(self) -> int:
         """Micro-batches in an update."""
-        return self.shards.ranks * self.shards.accumulation
+        return self.shards.micro_batches
 
     def module_sums(self, rows: int) -> ModuleSums:
         """Sums by module, ``rows`` of them each, zero so far, on the engine's device."""

@@ -61,7 +61,7 @@ def sources_of(detector: nn.Module) -> dict[str, str]:
 def url_of(source: str) -> str | None:
     """The URL of a checkpoint; None for a file, and for what mmcv reads by other means (ceph, pavi).
 
-    Raises ConfigError for a name that the zoo of its scheme does not have.
+    Raises LookupError for a name that the zoo of its scheme does not have.
     """
     scheme, _, name = source.partition("://")
     if scheme in ("http", "https"):
@@ -70,7 +70,7 @@ def url_of(source: str) -> str | None:
         return None
     url = ZOOS[scheme]().get(name)
     if url is None:
-        raise ConfigError(f"mmcv knows no weights {source}")
+        raise LookupError(f"mmcv knows no weights {source}")
     return url
 
 
@@ -94,7 +94,10 @@ def provide(sources: Mapping[str, str]) -> None:
 
 def _problem(source: str, key: str) -> str | None:
     """Why a checkpoint is not here and cannot be fetched; None when it is."""
-    url = url_of(source)
+    try:
+        url = url_of(source)
+    except LookupError as error:
+        return f"{key}: {error.args[0]}"
     if url is None:
         missing = "://" not in source and not Path(source).is_file()
         return f"{key}: not found: {source}" if missing else None

@@ -121,6 +121,11 @@ class Shards(ABC):
         return int(self.engine.gradient_accumulation_steps())
 
     @property
+    def micro_batches(self) -> int:
+        """n, in an update: of all ranks."""
+        return self.ranks * self.accumulation
+
+    @property
     def loss_scale(self) -> float:
         """What the loss, and so every gradient here, is multiplied by."""
         scalers = [self.engine.torch_autocast_z0_gradscaler, getattr(self.engine.optimizer, _GRAD_SCALER, None)]

@@ -304,5 +304,5 @@ def test_the_command_makes_it_and_tells_what_is_wrong_in_one_line(tmp_path: Path
     assert made.returncode == 0, made.stderr
     assert data._is_complete(tmp_path / "digits", {**data.FORMAT, "train": 2, "val": 1, "seed": 0})
     refused = subprocess.run([*command, "--seed", "5"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert refused.stderr.startswith("error:") and "Traceback" not in refused.stderr

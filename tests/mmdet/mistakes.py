@@ -161,6 +161,7 @@ CONFIG = {
     "config: runner": bad(
         "runner.type = 'Nope'", "EpochBasedRunner, IterBasedRunner", config='runner = dict(type="Nope")'
     ),
+    "config: runner and total_epochs": bad("total_epochs = 3, and runner.max_epochs = 6", config="total_epochs = 3"),
     "config: no epochs": bad("EpochBasedRunner needs max_epochs", config='runner = dict(type="EpochBasedRunner")'),
     "config: 0 epochs": bad("runner.max_epochs = 0", config='runner["max_epochs"] = 0'),
     "config: workflow": bad("'train' is no (phase, epochs)", config='workflow = ["train"]'),

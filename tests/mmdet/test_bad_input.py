@@ -102,6 +102,12 @@ def test_shipped_configs_are_found_with_and_without_their_folder() -> None:
     assert whole.is_file()
 
 
+def test_an_old_config_counts_its_epochs_without_a_runner(tmp_path: Path) -> None:
+    """As mmdet reads it."""
+    cfg = read_config(str(write_config(tmp_path, "del runner\ntotal_epochs = 3")))
+    assert (cfg.runner.type, cfg.runner.max_epochs) == ("EpochBasedRunner", 3)
+
+
 def test_batch_arithmetic_of_several_ranks() -> None:
     with pytest.raises(ConfigError, match=r"16 does not divide .* 4 images x 3 ranks = 12"):
         settle_batch({"train_batch_size": 16}, 4, 3)

@@ -70,10 +70,12 @@ def test_a_host_fetches_a_file_once(address: str, tmp_path: Path) -> None:
 def test_every_rank_hears_of_all_that_is_missing(address: str, tmp_path: Path) -> None:
     key = "model.backbone.init_cfg.checkpoint"
     sources = {f"{address}/gone.pth": key, "nowhere.pth": "model.neck.init_cfg.checkpoint"}
+    sources["torchvision://resnet51"] = "load_from"
     for said in run_ranks(provided, 2, tmp_path, str(tmp_path), sources):
         assert f"{address}/gone.pth cannot be fetched: HTTP Error 404" in said
         assert f"put it at {tmp_path}/hub/checkpoints/gone.pth" in said and f"{key}=FILE" in said
         assert "model.neck.init_cfg.checkpoint: not found: nowhere.pth" in said
+        assert "load_from: mmcv knows no weights torchvision://resnet51" in said
     assert not list((tmp_path / "hub/checkpoints").iterdir())
 
 
@@ -97,5 +99,5 @@ def test_urls_and_their_place_are_mmcvs_and_torchs(monkeypatch: pytest.MonkeyPat
     assert url_of("https://host/x.pth?v=1") == "https://host/x.pth?v=1"
     assert cached("https://host/x.pth?v=1").name == "x.pth"
     assert url_of("folder/x.pth") is url_of("s3://bucket/x.pth") is None
-    with pytest.raises(ConfigError, match="mmcv knows no weights torchvision://resnet51"):
+    with pytest.raises(LookupError, match="mmcv knows no weights torchvision://resnet51"):
         url_of("torchvision://resnet51")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NEEDED = ("model", "data", "runner", "data.val", "data.test")
-"""mmdet's own reading of a config wants the latter two."""
+"""mmdet's own reading of a config wants the latter two. An old config has total_epochs in the place of a runner."""
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
@@ -25,7 +25,8 @@ KINDS: dict[str, tuple[type, ...]] = {
 LEAST: dict[str, int] = {
     **dict.fromkeys(("data.samples_per_gpu", "data.train_dataloader.samples_per_gpu"), 1),
     **dict.fromkeys(("data.workers_per_gpu", "data.train_dataloader.workers_per_gpu"), 0),
-    **dict.fromkeys(("runner.max_epochs", "runner.max_iters", "evaluation.interval", "log_config.interval"), 1),
+    **dict.fromkeys(("runner.max_epochs", "runner.max_iters", "total_epochs"), 1),
+    **dict.fromkeys(("evaluation.interval", "log_config.interval"), 1),
 }
 """Dotted key -> the smallest integer it may be."""
 
@@ -34,7 +35,8 @@ _NAMES = {dict: "a dict", list: "a list", tuple: "a tuple", str: "a string", int
 
 def shape_problems(cfg: Mapping[str, Any]) -> list[str]:
     """What is missing in a config, or of the wrong kind: "key = value: what it must be"."""
-    missing = [key for key in NEEDED if _value(cfg, key) is None]
+    old = "runner" not in cfg and _value(cfg, "total_epochs") is not None
+    missing = [key for key in NEEDED if _value(cfg, key) is None and not (old and key == "runner")]
     absent = [f"has no {', '.join(missing)}; is it a complete mmdet 2.x config?"] if missing else []
     return [*absent, *_kinds(cfg), *_numbers(cfg), *_entries(cfg)]
 
@@ -60,6 +62,9 @@ def _numbers(cfg: Mapping[str, Any]) -> Iterator[str]:
         value = _value(cfg, key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             yield f"{key} = {value!r}: must be an integer of at least {least}"
+    old, new = _value(cfg, "total_epochs"), _value(cfg, "runner.max_epochs")
+    if None not in (old, _value(cfg, "runner")) and old != new:
+        yield f"total_epochs = {old}, and runner.max_epochs = {new}: must be one number; the runner's is enough"
     norm = _value(cfg, "optimizer_config.grad_clip.max_norm", 0)
     if not isinstance(norm, (int, float)) or not norm >= 0:
         yield f"optimizer_config.grad_clip.max_norm = {norm!r}: must be a number of at least 0"
