@@ -7,9 +7,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from tests.hosts.namespaces import Network, until
 from tests.trainer import ROOT
@@ -53,10 +55,11 @@ class Launch:
         return self.process.returncode
 
     def interrupt(self) -> None:
-        """Ctrl-C in the terminal: every process in its foreground gets SIGINT."""
+        """Ctrl-C in the terminal: every process in its foreground gets SIGINT, but for nsenter, which is not of the host."""
         for process in self.network.hosts[0].processes():
-            if os.getpgid(process.pid) == self.process.pid:
-                process.send_signal(signal.SIGINT)
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):  # one that has just ended
+                if os.getpgid(process.pid) == self.process.pid:
+                    process.send_signal(signal.SIGINT)
 
 
 @contextmanager
