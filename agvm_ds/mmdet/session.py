@@ -119,10 +119,10 @@ def make_demo_data(name: str | None, cfg: Config) -> None:
                     raise HostError(f"the built-in data: {error}") from error
 
 
-def open_log(cfg: Config, work_dir: Path | None) -> logging.Logger:
+def open_log(cfg: Config, work_dir: Path | None, environment: bool = True) -> logging.Logger:
     """mmdet's logger: rank 0 writes text to the terminal and ``<time>.log``; AGVM's words go to the same places.
 
-    work_dir: None writes no file.
+    work_dir: None writes no file. environment: begin with the versions of what is installed.
     """
     cfg.timestamp = time.strftime("%Y%m%d_%H%M%S", time.localtime())
     file = None if work_dir is None else str(work_dir / f"{cfg.timestamp}.log")
@@ -132,7 +132,7 @@ def open_log(cfg: Config, work_dir: Path | None) -> logging.Logger:
     own.setLevel(logger.level)
     setup_multi_processes(cfg)
     torch.backends.cudnn.benchmark = bool(cfg.get("cudnn_benchmark", False))
-    if comm.get_rank() == 0:
+    if environment and comm.get_rank() == 0:
         logger.info("Environment:\n%s", "\n".join(f"{key}: {value}" for key, value in collect_env().items()))
     return logger  # type: ignore[no-any-return]
 

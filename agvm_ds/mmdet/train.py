@@ -92,7 +92,9 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     with waiting("looking through the data sets"):
         session.make_demo_data(options.config, cfg)
         plan.notes += check_on_hosts(cfg, splits_read(options, cfg), options.allow_other_categories)
-    logger = session.open_log(cfg, None if options.dry_run else work_dir)
+    # DeepSpeed's autotuner takes a run for failed when the word "error" is in it, which compiler flags (-Werror) have.
+    tuned = (plan.deepspeed.get("autotuning") or {}).get("enabled", False)
+    logger = session.open_log(cfg, None if options.dry_run else work_dir, environment=not tuned)
     asked = options.seed if options.seed is not None else cfg.get("seed")
     asked = saved_seed(work_dir) if options.resume and asked is None else asked
     seed = session.settle_seed(cfg, asked, options.diff_seed, options.deterministic)

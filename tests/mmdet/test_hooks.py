@@ -113,6 +113,21 @@ def test_the_best_checkpoint_is_mmdets(name: str, tmp_path: Path) -> None:
     assert len(found[-1][1]) == 1, "the one before is removed"
 
 
+def test_rank_0_alone_removes_the_best_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks that remove one file are a race."""
+    scores = iter([{"bbox_mAP": 0.1}, {"bbox_mAP": 0.2}])
+    monkeypatch.setattr(hooks, "broadcast_object", lambda value: next(scores))
+    loader: Any = torch.utils.data.DataLoader(Scored("bbox_mAP", []))
+    hook = Engine(loader, save_best="bbox_mAP", detector=nn.Identity(), engine=SimpleNamespace(global_steps=0))
+    runner = Runner(tmp_path / "other", {})
+    runner.rank = 1
+    hook.before_run(runner)
+    for runner.epoch in range(2):
+        hook.after_train_epoch(runner)
+    assert runner.meta["hook_msgs"]["best_score"] == 0.2
+    assert [path.name for path in sorted(tmp_path.glob("other/*"))] == [f"best_bbox_mAP_epoch_{n}.pth" for n in (1, 2)]
+
+
 def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
     """Saved in epoch 2; the two epochs after it score less, and only the last one is better."""
     meta: dict[str, Any] = {}
