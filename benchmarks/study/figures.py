@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from agvm_ds.report.figures import dress, empty_figure, module_legend, save, style
 from benchmarks.study.launch import BINS
-from benchmarks.study.plan import Cell, Line, Study
+from benchmarks.study.plan import Cell, Study
 from benchmarks.study.protocol import ALONE, BATCHES, METHODS, MODULATED
 from benchmarks.study.tables import scores, title
 
@@ -69,7 +69,7 @@ def variances(study: Study, base: str) -> Figure | None:
     names: list[str] = []
     for column, batch in enumerate(BATCHES):
         for row, (method, quantity, label) in enumerate(rows):
-            line = _chosen(study, Cell(base, method, batch))
+            line = study.chosen_line(Cell(base, method, batch))
             if line is not None:
                 names = list(line["measures"])
                 _by_module(panels[row][column], line["measures"], quantity)
@@ -81,12 +81,6 @@ def variances(study: Study, base: str) -> Figure | None:
     module_legend(figure, names, names[0])
     figure.suptitle(f"{base}, seed 0 at the chosen rate", x=0.01, ha="left", fontweight="bold")
     return figure
-
-
-def _chosen(study: Study, cell: Cell) -> Line | None:
-    """The line of a cell's run with the choosing seed, at the rate that was chosen."""
-    chosen = study.chosen(cell)
-    return study.known[chosen.key] if chosen else None
 
 
 def _by_module(axes: Axes, measures: Mapping[str, Mapping[str, Sequence[Any]]], quantity: str) -> None:
@@ -103,7 +97,7 @@ def curves(study: Study, base: str) -> Figure | None:
     for column, batch in enumerate(BATCHES):
         above, below = panels[0][column], panels[1][column]
         for place, method in enumerate(METHODS):
-            line = _chosen(study, Cell(base, method, batch))
+            line = study.chosen_line(Cell(base, method, batch))
             if line is not None:
                 points = [(point["update"], point["report"]) for point in line["curve"]]
                 above.plot(*_columns(points), marker="o", label=title(base, method), **style(place))

@@ -40,6 +40,8 @@ POINTS = 4
 """Evaluations in a run."""
 BINS = 16
 """Parts of a run over which measures are averaged for its line."""
+QUANTITIES = ("variance", "ratio", "scale_factor", "noise_scale", "noise", "signal")
+"""Of a module, in agvm.jsonl."""
 SETS = {"choose": "0_bbox_mAP", "report": "1_bbox_mAP"}
 """Validation set -> its metric, as mmdet's ConcatDataset calls it."""
 NOT_FINITE = "is not finite"
@@ -219,8 +221,7 @@ def in_bins(measures: Sequence[Line], updates: int) -> dict[str, dict[str, list[
     for measure in measures:
         parts[measure["update"] * BINS // updates].append(measure["modules"])
     names = list(measures[0]["modules"]) if measures else []
-    quantities = ("variance", "ratio", "scale_factor", "noise_scale")
-    return {name: {key: [_mean(part, name, key) for part in parts] for key in quantities} for name in names}
+    return {name: {key: [_mean(part, name, key) for part in parts] for key in QUANTITIES} for name in names}
 
 
 def _mean(part: Sequence[Line], name: str, key: str) -> float | str | None:

@@ -63,6 +63,11 @@ class Study:
             return None
         return max(runs, key=self._score)
 
+    def chosen_line(self, cell: Cell) -> Line | None:
+        """Its line."""
+        chosen = self.chosen(cell)
+        return self.known[chosen.key] if chosen else None
+
     def _score(self, run: Run) -> float:
         return float(self.known[run.key]["choose"])
 

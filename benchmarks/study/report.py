@@ -26,6 +26,7 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         ("Against plain, at equal updates", tables.differences(study, "updates")),
         ("Scale factors", tables.factors(study)),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
+        ("What the noise scale predicts of a larger batch", tables.sweep(study)),
         ("One setting changed", tables.ablation(study)),
         ("Pairwise and split at fixed weights", tables.estimators(compared)),
         ("All rates that were tried", tables.tried(study)),
@@ -41,6 +42,9 @@ NOTES = {
     "edge of the rates tried. (k): only k seeds yet.\n\n",
     "Against plain, seed by seed": "Mean difference of equal seeds ± its standard error.\n\n",
     "Critical batch size by the noise scale, images": "Median over each quarter of the plain run with seed 0, its rate.\n\n",
+    "What the noise scale predicts of a larger batch": "How many times fewer updates than at 16 the plain run with seed 0 "
+    "needs to one loss, which all batches reach before their rates fall; and (1 + B/16) / (1 + B/batch), with B of all "
+    "modules at 16 until then, as `launch/advise.py` tells it.\n\n",
     "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.\n\n",
 }
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from agvm_ds.report.advice import ratio, speedup
+from benchmarks.study.launch import BINS
 from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
-from benchmarks.study.protocol import ABLATION_BATCH, BATCHES, MODULATED, SEEDS, Run
+from benchmarks.study.protocol import ABLATION_BATCH, BASE_BATCH, BATCHES, MODULATED, SEEDS, STEPS, Run
 
 NONE = ""
 
@@ -117,9 +119,9 @@ def factors(study: Study) -> str:
     rows = []
     for base in MODULATED:
         for batch in BATCHES:
-            chosen = study.chosen(Cell(base, "pairwise", batch))
-            if chosen:
-                means = study.known[chosen.key]["mean_scale_factors"]
+            line = study.chosen_line(Cell(base, "pairwise", batch))
+            if line:
+                means = line["mean_scale_factors"]
                 rows.append([base, str(batch), ", ".join(f"{name} {mu:.2f}" for name, mu in means.items())])
     return table(["base", "batch", "mean scale factor"], rows)
 
@@ -129,10 +131,52 @@ def critical(study: Study) -> str:
     rows = []
     for base in MODULATED:
         for batch in BATCHES:
-            chosen = study.chosen(Cell(base, "plain", batch))
-            for name, columns in study.known[chosen.key]["measures"].items() if chosen else ():
+            line = study.chosen_line(Cell(base, "plain", batch))
+            for name, columns in line["measures"].items() if line else ():
                 rows.append([base, str(batch), name, *_quarters(columns["noise_scale"])])
     return table(["base", "batch", "module", "first quarter", "second", "third", "last"], rows)
+
+
+SMOOTH = 5
+"""Logged losses that are averaged."""
+
+
+def sweep(study: Study) -> str:
+    """How many times fewer updates a larger batch needs to one loss, and what the noise scale at the base batch predicts.
+
+    Of the plain runs that were chosen. The loss is the lowest that all of them reach before their rate falls.
+    """
+    rows = []
+    for base in MODULATED:
+        lines = {batch: study.chosen_line(Cell(base, "plain", batch)) for batch in BATCHES}
+        ended = {batch: line for batch, line in lines.items() if line is not None}
+        if BASE_BATCH not in ended or len(ended) == 1:
+            continue
+        curves = {batch: before_decay(line) for batch, line in ended.items()}
+        level = max(min(loss for _, loss in curve) for curve in curves.values())
+        needed = {batch: next(u for u, loss in curve if loss <= level) for batch, curve in curves.items()}
+        critical = critical_batch(ended[BASE_BATCH], needed[BASE_BATCH])
+        for batch, updates in needed.items():
+            fewer, predicted = needed[BASE_BATCH] / updates, speedup(critical, BASE_BATCH, batch)
+            rows.append([base, f"{level:.2f}", str(batch), str(updates), f"{fewer:.2f}", f"{predicted:.2f}"])
+    return table(["base", "loss", "batch", "updates to it", "times fewer", "predicted"], rows)
+
+
+def before_decay(line: Line) -> list[tuple[int, float]]:
+    """(update, loss) until the rate falls, each the mean of SMOOTH logged ones around it."""
+    logged = [(int(update), float(loss)) for update, loss in line["loss"] if update <= STEPS[0] * line["updates"]]
+    windows = [logged[k : k + SMOOTH] for k in range(max(len(logged) - SMOOTH + 1, 1))]
+    return [(window[len(window) // 2][0], fmean(loss for _, loss in window)) for window in windows]
+
+
+def critical_batch(line: Line, updates: int) -> float:
+    """Noise over signal of all modules, in the first ``updates`` of a run."""
+    bins = max(round(updates * BINS / line["updates"]), 1)
+    sums = [
+        sum(float(value) for columns in line["measures"].values() for value in columns[key][:bins] if value is not None)
+        for key in ("noise", "signal")
+    ]
+    return ratio(*sums)
 
 
 def _quarters(values: Sequence[Any]) -> list[str]:

@@ -114,14 +114,16 @@ def test_fixed_multipliers_are_rates_of_modules() -> None:
 
 
 def test_measures_are_averaged_in_parts() -> None:
+    others = {"ratio": None, "noise": 2.0, "signal": -0.5}
     measures = [
-        {"update": t, "modules": {"neck": {"variance": v, "ratio": None, "scale_factor": 1 + t, "noise_scale": b}}}
+        {"update": t, "modules": {"neck": {**others, "variance": v, "scale_factor": 1 + t, "noise_scale": b}}}
         for t, v, b in ((0, 0.2, 10.0), (1, 0.4, "inf"), (40, 0.6, "inf"), (63, None, 5.0))
     ]
     found = in_bins(measures, 64)["neck"]
     assert found["variance"][0] == pytest.approx(0.3) and found["variance"][10] == 0.6
     assert found["variance"][15] is None and found["ratio"] == [None] * 16
     assert (found["noise_scale"][0], found["noise_scale"][10], found["noise_scale"][15]) == ("inf", "inf", 5.0)
+    assert (found["noise"][0], found["signal"][0]) == (2.0, -0.5)
     assert mean_factors(measures) == {"neck": 27.0}
 
 
@@ -159,6 +161,30 @@ def test_the_figures_draw_what_the_lines_say(tmp_path: Path) -> None:
     line = variance.axes[0].lines[1]
     assert list(line.get_ydata())[:3] == pytest.approx([0.5, math.nan, 0.25], nan_ok=True)
     assert line.get_xdata()[-1] == 15.5 / 16
+
+
+def test_the_sweep_is_the_models_where_the_model_holds() -> None:
+    """Losses that fall as 1 / (updates / (1 + B / batch)), and measures of that B."""
+    critical = 48.0
+
+    def line(made: dict[str, Any]) -> dict[str, Any]:
+        run = Run(**made["run"])
+        slow = 1 + critical / run.batch
+        updates = range(1, run.updates + 1, max(run.updates // 64, 1))
+        columns = {"noise": [30.0] * 16, "signal": [30.0 / critical] * 16, "noise_scale": [1.0] * 16}
+        return {
+            **made,
+            "updates": run.updates,
+            "loss": [[update, 9 * slow / update] for update in updates],
+            "measures": {"backbone": columns, "neck": columns},
+        }
+
+    study = Study([line(made) for made in whole()])
+    rows = [row.split(" | ") for row in tables.sweep(study).splitlines()[2:]]
+    assert [row[2] for row in rows] == ["16", "64", "128", "256"] * 2
+    for row in rows:
+        assert float(row[4]) == pytest.approx(float(row[5].strip(" |")), rel=0.06)
+    assert float(rows[3][5].strip(" |")) == pytest.approx((1 + 48 / 16) / (1 + 48 / 256), abs=0.01)
 
 
 def test_the_estimators_agree_with_the_formulas_on_inner_products() -> None:
