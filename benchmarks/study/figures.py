@@ -59,28 +59,41 @@ def accuracy(study: Study) -> Figure | None:
 
 def variances(study: Study, base: str) -> Figure | None:
     """Gradient variance by module over training: plain above, with AGVM below, scale factors under it; a column a batch."""
-    figure = empty_figure(13, 8)
-    panels = figure.subplots(3, len(BATCHES), sharex=True, sharey="row")
     rows = (
         ("plain", "variance", "variance Φ, plain"),
         ("pairwise", "variance", "variance Φ, AGVM pairwise"),
         ("pairwise", "scale_factor", "scale factor μ"),
     )
+    batches = _known(study, base, ("plain", "pairwise"))
+    if not batches:
+        return None
+    figure, panels = _columns_of(batches, len(rows), f"{base}, seed 0 at the chosen rate", sharex=True)
     names: list[str] = []
-    for column, batch in enumerate(BATCHES):
+    for column, batch in enumerate(batches):
         for row, (method, quantity, label) in enumerate(rows):
             line = study.chosen_line(Cell(base, method, batch))
             if line is not None:
                 names = list(line["measures"])
                 _by_module(panels[row][column], line["measures"], quantity)
             dress(panels[row][column], label if column == 0 else "")
-        panels[0][column].set_title(f"batch {batch}")
         panels[-1][column].set_xlabel("share of the run")
-    if not names:
-        return None
     module_legend(figure, names, names[0])
-    figure.suptitle(f"{base}, seed 0 at the chosen rate", x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def _known(study: Study, base: str, methods: Sequence[str]) -> list[int]:
+    """The batches at which one of the methods has a chosen rate."""
+    return [batch for batch in BATCHES if any(study.chosen(Cell(base, method, batch)) for method in methods)]
+
+
+def _columns_of(batches: Sequence[int], rows: int, heading: str, sharex: Any) -> tuple[Figure, Any]:
+    """A figure with a column a batch, and its panels."""
+    figure = empty_figure(2 + 2.75 * len(batches), 1 + 2.4 * rows)
+    panels = figure.subplots(rows, len(batches), sharex=sharex, sharey="row", squeeze=False)
+    for axes, batch in zip(panels[0], batches, strict=True):
+        axes.set_title(f"batch {batch}")
+    figure.suptitle(heading, x=0.01, ha="left", fontweight="bold")
+    return figure, panels
 
 
 def _by_module(axes: Axes, measures: Mapping[str, Mapping[str, Sequence[Any]]], quantity: str) -> None:
@@ -92,9 +105,11 @@ def _by_module(axes: Axes, measures: Mapping[str, Mapping[str, Sequence[Any]]], 
 
 def curves(study: Study, base: str) -> Figure | None:
     """mAP and loss over updates, each method with seed 0 at its chosen rate; a column a batch."""
-    figure = empty_figure(13, 6)
-    panels = figure.subplots(2, len(BATCHES), sharex="col", sharey="row")
-    for column, batch in enumerate(BATCHES):
+    batches = _known(study, base, METHODS)
+    if not batches:
+        return None
+    figure, panels = _columns_of(batches, 2, f"{base}, seed 0 at the chosen rate", sharex="col")
+    for column, batch in enumerate(batches):
         above, below = panels[0][column], panels[1][column]
         for place, method in enumerate(METHODS):
             line = study.chosen_line(Cell(base, method, batch))
@@ -102,15 +117,11 @@ def curves(study: Study, base: str) -> Figure | None:
                 points = [(point["update"], point["report"]) for point in line["curve"]]
                 above.plot(*_columns(points), marker="o", label=title(base, method), **style(place))
                 below.plot(*_columns(line["loss"]), **style(place))
-        above.set_title(f"batch {batch}")
         below.set_xlabel("update")
         dress(above, "mAP on report" if column == 0 else "")
         dress(below, "loss" if column == 0 else "")
     labelled = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
-    if not labelled[0]:
-        return None
     figure.legend(*labelled, loc="outside lower left", ncols=4, frameon=False, handlelength=3.5, fontsize=9)
-    figure.suptitle(f"{base}, seed 0 at the chosen rate", x=0.01, ha="left", fontweight="bold")
     return figure
 
 

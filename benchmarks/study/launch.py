@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from agvm_ds.demo.data import ensure
@@ -40,7 +40,7 @@ POINTS = 4
 """Evaluations in a run."""
 BINS = 16
 """Parts of a run over which measures are averaged for its line."""
-QUANTITIES = ("variance", "ratio", "scale_factor", "noise_scale", "noise", "signal")
+QUANTITIES = ("variance", "ratio", "scale_factor", "noise", "signal")
 """Of a module, in agvm.jsonl."""
 SETS = {"choose": "0_bbox_mAP", "report": "1_bbox_mAP"}
 """Validation set -> its metric, as mmdet's ConcatDataset calls it."""
@@ -216,7 +216,7 @@ def _before(line: Line, run: Run) -> int:
 
 
 def in_bins(measures: Sequence[Line], updates: int) -> dict[str, dict[str, list[float | str | None]]]:
-    """module -> quantity -> its mean (noise scale: median) over the measures of each of BINS parts of the run, or null."""
+    """module -> quantity -> its mean over the measures of each of BINS parts of the run, or null."""
     parts: list[list[Line]] = [[] for _ in range(BINS)]
     for measure in measures:
         parts[measure["update"] * BINS // updates].append(measure["modules"])
@@ -228,8 +228,7 @@ def _mean(part: Sequence[Line], name: str, key: str) -> float | str | None:
     values = [float(measure[name][key]) for measure in part if measure[name][key] is not None]
     if not values:
         return None
-    middle = median(values) if key == "noise_scale" else fmean(values)
-    return plain_number(float(f"{middle:.5g}"))
+    return plain_number(float(f"{fmean(values):.5g}"))
 
 
 def mean_factors(measures: Sequence[Line]) -> dict[str, float]:

@@ -32,20 +32,22 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         ("All rates that were tried", tables.tried(study)),
     ):
         if text.count("\n") > 1:
-            yield f"### {heading}\n\n{NOTES.get(heading, '')}{text}"
+            yield "\n\n".join(filter(None, (f"### {heading}", NOTES.get(heading), text)))
     for name in drawn:
         yield f"![{Path(name).stem.replace('_', ', ')}](study/{name})"
 
 
 NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
-    "edge of the rates tried. (k): only k seeds yet.\n\n",
-    "Against plain, seed by seed": "Mean difference of equal seeds ± its standard error.\n\n",
-    "Critical batch size by the noise scale, images": "Median over each quarter of the plain run with seed 0, its rate.\n\n",
+    "edge of the rates tried. (k): only k seeds yet.",
+    "Against plain, seed by seed": "Mean difference of equal seeds ± its standard error.",
+    "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
+    "seed 0, at the chosen rate.",
     "What the noise scale predicts of a larger batch": "How many times fewer updates than at 16 the plain run with seed 0 "
-    "needs to one loss, which all batches reach before their rates fall; and (1 + B/16) / (1 + B/batch), with B of all "
-    "modules at 16 until then, as `launch/advise.py` tells it.\n\n",
-    "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.\n\n",
+    "needs to one loss, which all batches reach before their rates fall (and after their losses' highest point: a detector "
+    "without proposals has a small loss); and (1 + B/16) / (1 + B/batch), with B of all modules at 16 until then, as "
+    "`launch/advise.py` tells it.",
+    "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from agvm_ds.report.advice import ratio, speedup
+from agvm_ds.report.advice import ALL, ratio, speedup
 from benchmarks.study.launch import BINS
 from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
 from benchmarks.study.protocol import ABLATION_BATCH, BASE_BATCH, BATCHES, MODULATED, SEEDS, STEPS, Run
@@ -128,13 +128,25 @@ def factors(study: Study) -> str:
 
 def critical(study: Study) -> str:
     """Noise scale of each module over a plain run, by quarters: the critical batch size that it predicts."""
+    quarters = [slice(k * BINS // 4, (k + 1) * BINS // 4) for k in range(4)]
     rows = []
     for base in MODULATED:
         for batch in BATCHES:
             line = study.chosen_line(Cell(base, "plain", batch))
-            for name, columns in line["measures"].items() if line else ():
-                rows.append([base, str(batch), name, *_quarters(columns["noise_scale"])])
+            measures = line["measures"] if line else {}
+            parts = {name: [columns] for name, columns in measures.items()} | {ALL: list(measures.values())}
+            for name, modules in parts.items() if measures else ():
+                rows.append([base, str(batch), name, *(f"{noise_scale(modules, part):.3g}" for part in quarters)])
     return table(["base", "batch", "module", "first quarter", "second", "third", "last"], rows)
+
+
+def noise_scale(modules: Iterable[Mapping[str, Any]], part: slice) -> float:
+    """Noise over signal of some modules together, in a part of a run's BINS."""
+    sums = (
+        sum(float(value) for columns in modules for value in columns[key][part] if value is not None)
+        for key in ("noise", "signal")
+    )
+    return ratio(*sums)
 
 
 SMOOTH = 5
@@ -144,7 +156,8 @@ SMOOTH = 5
 def sweep(study: Study) -> str:
     """How many times fewer updates a larger batch needs to one loss, and what the noise scale at the base batch predicts.
 
-    Of the plain runs that were chosen. The loss is the lowest that all of them reach before their rate falls.
+    Of the plain runs that were chosen. The loss is the lowest that all of them reach, after their losses' highest point (a
+    detector without proposals has a small loss) and before their rates fall.
     """
     rows = []
     for base in MODULATED:
@@ -152,37 +165,24 @@ def sweep(study: Study) -> str:
         ended = {batch: line for batch, line in lines.items() if line is not None}
         if BASE_BATCH not in ended or len(ended) == 1:
             continue
-        curves = {batch: before_decay(line) for batch, line in ended.items()}
+        curves = {batch: falling(line) for batch, line in ended.items()}
         level = max(min(loss for _, loss in curve) for curve in curves.values())
         needed = {batch: next(u for u, loss in curve if loss <= level) for batch, curve in curves.items()}
-        critical = critical_batch(ended[BASE_BATCH], needed[BASE_BATCH])
+        first = ended[BASE_BATCH]
+        until = max(round(needed[BASE_BATCH] * BINS / first["updates"]), 1)
+        critical = noise_scale(first["measures"].values(), slice(until))
         for batch, updates in needed.items():
             fewer, predicted = needed[BASE_BATCH] / updates, speedup(critical, BASE_BATCH, batch)
             rows.append([base, f"{level:.2f}", str(batch), str(updates), f"{fewer:.2f}", f"{predicted:.2f}"])
     return table(["base", "loss", "batch", "updates to it", "times fewer", "predicted"], rows)
 
 
-def before_decay(line: Line) -> list[tuple[int, float]]:
-    """(update, loss) until the rate falls, each the mean of SMOOTH logged ones around it."""
+def falling(line: Line) -> list[tuple[int, float]]:
+    """(update, loss) from the highest loss until the rate falls, each the mean of SMOOTH logged ones around it."""
     logged = [(int(update), float(loss)) for update, loss in line["loss"] if update <= STEPS[0] * line["updates"]]
     windows = [logged[k : k + SMOOTH] for k in range(max(len(logged) - SMOOTH + 1, 1))]
-    return [(window[len(window) // 2][0], fmean(loss for _, loss in window)) for window in windows]
-
-
-def critical_batch(line: Line, updates: int) -> float:
-    """Noise over signal of all modules, in the first ``updates`` of a run."""
-    bins = max(round(updates * BINS / line["updates"]), 1)
-    sums = [
-        sum(float(value) for columns in line["measures"].values() for value in columns[key][:bins] if value is not None)
-        for key in ("noise", "signal")
-    ]
-    return ratio(*sums)
-
-
-def _quarters(values: Sequence[Any]) -> list[str]:
-    size = len(values) // 4
-    parts = [[float(v) for v in values[k * size : (k + 1) * size] if v is not None] for k in range(4)]
-    return [f"{sorted(part)[len(part) // 2]:.3g}" if part else NONE for part in parts]
+    means = [(window[len(window) // 2][0], fmean(loss for _, loss in window)) for window in windows]
+    return means[means.index(max(means, key=lambda point: point[1])) :]
 
 
 def estimators(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -114,16 +114,16 @@ def test_fixed_multipliers_are_rates_of_modules() -> None:
 
 
 def test_measures_are_averaged_in_parts() -> None:
-    others = {"ratio": None, "noise": 2.0, "signal": -0.5}
+    others = {"ratio": None, "signal": -0.5}
     measures = [
-        {"update": t, "modules": {"neck": {**others, "variance": v, "scale_factor": 1 + t, "noise_scale": b}}}
+        {"update": t, "modules": {"neck": {**others, "variance": v, "scale_factor": 1 + t, "noise": b}}}
         for t, v, b in ((0, 0.2, 10.0), (1, 0.4, "inf"), (40, 0.6, "inf"), (63, None, 5.0))
     ]
     found = in_bins(measures, 64)["neck"]
     assert found["variance"][0] == pytest.approx(0.3) and found["variance"][10] == 0.6
     assert found["variance"][15] is None and found["ratio"] == [None] * 16
-    assert (found["noise_scale"][0], found["noise_scale"][10], found["noise_scale"][15]) == ("inf", "inf", 5.0)
-    assert (found["noise"][0], found["signal"][0]) == (2.0, -0.5)
+    assert (found["noise"][0], found["noise"][10], found["noise"][15]) == ("inf", "inf", 5.0)
+    assert found["signal"][0] == -0.5
     assert mean_factors(measures) == {"neck": 27.0}
 
 
@@ -171,11 +171,11 @@ def test_the_sweep_is_the_models_where_the_model_holds() -> None:
         run = Run(**made["run"])
         slow = 1 + critical / run.batch
         updates = range(1, run.updates + 1, max(run.updates // 64, 1))
-        columns = {"noise": [30.0] * 16, "signal": [30.0 / critical] * 16, "noise_scale": [1.0] * 16}
+        columns = {"noise": [30.0] * 16, "signal": [30.0 / critical] * 16}
         return {
             **made,
             "updates": run.updates,
-            "loss": [[update, 9 * slow / update] for update in updates],
+            "loss": [[0, 0.1], *([update, 9 * slow / update] for update in updates)],
             "measures": {"backbone": columns, "neck": columns},
         }
 
@@ -185,6 +185,8 @@ def test_the_sweep_is_the_models_where_the_model_holds() -> None:
     for row in rows:
         assert float(row[4]) == pytest.approx(float(row[5].strip(" |")), rel=0.06)
     assert float(rows[3][5].strip(" |")) == pytest.approx((1 + 48 / 16) / (1 + 48 / 256), abs=0.01)
+    (row,) = (row for row in tables.critical(study).splitlines() if row.startswith("| SGD | 64 | all modules"))
+    assert row.split(" | ")[3:6] == ["48"] * 3
 
 
 def test_the_estimators_agree_with_the_formulas_on_inner_products() -> None:
