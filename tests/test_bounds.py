@@ -59,7 +59,7 @@ def ordinary(seed: int) -> Iterator[float]:
 class FakeShards:
     """One process in which the sums of a measure are put in the place of the ranks'."""
 
-    ranks, rank, accumulation, loss_scale = 2, 0, 1, 1.0
+    ranks, rank, accumulation, micro_batches, loss_scale = 2, 0, 1, 2, 1.0
 
     def __init__(self, model: Toy, optimizer: Any) -> None:
         self.optimizer = optimizer
