@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from agvm_ds.bases import base_from_json, offloads, warning_of
-from agvm_ds.config import AGVMConfig, ConfigError, read_block
+from agvm_ds.config import BLOCK, AGVMConfig, ConfigError, read_block
 from agvm_ds.controller import Controller
 from agvm_ds.deepspeed_json import load_config, unknown_keys
 from agvm_ds.groups import PARAMS, cut_groups
@@ -145,6 +145,8 @@ def attach(engine: Any) -> None:
         )
     if block is not None:
         refuse_unsupported(engine, block, optimizer)
+    elif isinstance(optimizer, AGVM) and BLOCK not in engine._config._param_dict and engine.global_rank == 0:
+        logger.warning("AGVM is off: the DeepSpeed config has no agvm block, so the AGVM optimizer steps as its base")
     engine.agvm = None if block is None else _controller(engine, optimizer, block)
     if isinstance(optimizer, AGVM):
         optimizer.attached = True

@@ -27,7 +27,7 @@ def main() -> None:
         parser.error(f"--part {args.part}: must be above 0 and at most 1")
     run = read_run(args.work_dir)
     if run.measures is None:
-        raise ConfigError(f"{args.work_dir}: nothing was measured: train with an agvm block in the DeepSpeed JSON")
+        raise ConfigError(f"{args.work_dir}: nothing was measured (yet): its DeepSpeed JSON must have an agvm block")
     try:
         words = advice_words(advise(run.measures, run.batch, args.batches, args.part))
     except ValueError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from agvm_ds.mmdet.checks.data_check import SPLITS, Checked, check_data
@@ -55,7 +55,7 @@ def decode(checked: Checked, workers: int) -> None:
 
 def show(checked: Checked, room: str | None, console: Console) -> None:
     """The tables of what was looked through and of what was found."""
-    table = Table("data set", "annotation file", "images", "annotations", "classes seen")
+    table = Table("data set", Column("annotation file", overflow="fold"), "images", "annotations", "classes seen")
     for source in checked.sources:
         found = source.report
         counts = ["not checked: read by other means than CocoDataset's"]
@@ -64,7 +64,7 @@ def show(checked: Checked, room: str | None, console: Console) -> None:
             counts = [str(len(found.images)), str(found.annotations), seen]
         table.add_row(source.where, str(source.file), *counts)
     console.print(table)
-    findings = Table("", "what and where", show_lines=True)
+    findings = Table("", Column("what and where", overflow="fold"), show_lines=True)
     for kind, noted in (("refused", False), ("noted", True)):
         for line in checked.lines(noted):
             findings.add_row(kind, Text(line))  # brackets are no markup

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from agvm_ds.config import ConfigError
@@ -62,7 +62,7 @@ def write(file: Path, text: str) -> None:
 
 def show(proposal: Proposal, file: str, console: Console) -> None:
     """The table, the JSON, the command."""
-    table = Table("figure", "value", "rule or source")
+    table = Table(*(Column(name, overflow="fold") for name in ("figure", "value", "rule or source")))
     for row in proposal.rows:
         table.add_row(row.figure, row.value, Text(row.rule))  # brackets are no markup
     console.print(table)

@@ -51,10 +51,12 @@ OTHER_TEXTS = {
         "install nvcc of CUDA …, set CUDA_HOME, then python scripts/build_mmcv.py",
     ),
     "what others say, which is looked for, and progress of a search": (
-        "CUDA out of memory",
         "exits with return code = -9",
+        "out of memory",
+        "unable to allocate",
         "… images a micro-batch: fits…",
         "… images a micro-batch: out of memory",
+        "… images a micro-batch: more than the training set has",
         "or more: --most ends the search",
         "the largest that fits",
         "… images a micro-batch: …",

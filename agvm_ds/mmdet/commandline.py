@@ -11,7 +11,10 @@ from agvm_ds.config import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake once for the launch, not once a rank."""
+    """Tells a mistake once for the launch, not once a rank; its description keeps its lines."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise ConfigError with the usage."""

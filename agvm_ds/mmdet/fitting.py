@@ -15,16 +15,22 @@ from typing import Any
 
 from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import BATCH_KEYS, load_config
+from agvm_ds.mmdet.rehearsal import REHEARSED
 
 TRAIN = Path(__file__).parents[2] / "launch/train.py"
 OUT_OF_MEMORY = (
-    "OutOfMemoryError",
-    "CUDA out of memory",
+    "outofmemory",
+    "out of memory",
+    "alloc_failed",
     "allocate memory",
+    "unable to allocate",
+    "memoryerror",
     "bad_alloc",
     "exits with return code = -9",
 )
-"""What torch and DeepSpeed's launcher say of memory that ran out; -9 is the system's way on a host."""
+"""In small letters what torch, CUDA, NumPy and DeepSpeed's launcher say of memory that ran out; -9 is a host's way."""
+TOO_FEW = "fewer than one global batch"
+"""What launch/train.py says of a training set that a trial's batch is larger than."""
 ACCUMULATION = 2
 """Micro-batches in an update that is tried: gradients that are kept, and AGVM's least n on one rank, are in it."""
 
@@ -71,11 +77,15 @@ def find(
             file.write_text(json.dumps(trial_json(settings, micro)))
             words = [*launcher, str(TRAIN), *arguments, "--deepspeed_config", str(file), "--dry-run"]
             done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode == 0:
+        said = done.stdout.lower()
+        if done.returncode == 0 and REHEARSED in said:  # DeepSpeed's launcher, killed, ends with 0
             tell(f"{micro} images a micro-batch: fits{peak_of(done.stdout)}")
             return True
-        if any(words in done.stdout for words in OUT_OF_MEMORY):
+        if any(words in said for words in OUT_OF_MEMORY):
             tell(f"{micro} images a micro-batch: out of memory")
+            return False
+        if TOO_FEW in said and micro > 1:
+            tell(f"{micro} images a micro-batch: more than the training set has")
             return False
         raise ConfigError(
             f"the trial with {micro} images a micro-batch failed, and not for memory:\n{done.stdout[-3000:]}"

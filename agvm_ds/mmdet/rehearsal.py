@@ -20,6 +20,8 @@ from agvm_ds.mmdet.plan import Plan
 from agvm_ds.mmdet.planning.memory import GIB, footprint, moments_of, needs
 from agvm_ds.mmdet.progress import waiting
 
+REHEARSED = "dry run: no work dir was made"
+"""How the last line of a dry run that went through begins."""
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 """Blocks of a DeepSpeed JSON whose writers make their files at once."""
 MILESTONES = 5
@@ -64,7 +66,7 @@ def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, modules: list[tu
     if torch.cuda.is_available():
         made.append(("peak memory, this rank", f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB"))
     console.print(table("the first update", ("what", "value"), made))
-    console.print("dry run: no work dir was made or changed; the same command without --dry-run trains")
+    console.print(f"{REHEARSED} or changed; the same command without --dry-run trains")
 
 
 def table(title: str, head: tuple[str, ...], rows: list[Any]) -> Table:

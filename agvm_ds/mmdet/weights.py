@@ -22,6 +22,9 @@ from agvm_ds.mmdet.outputs import written_whole
 
 StateDict = dict[str, torch.Tensor]
 
+COUNTS = "num_batches_tracked"
+"""BatchNorm's, which older checkpoints lack; nothing is computed with it."""
+
 
 def keep_unrounded(detector: nn.Module) -> StateDict:
     """Copies of what DeepSpeed has no fp32 master of once it casts a detector to half precision: frozen and buffers."""
@@ -103,10 +106,11 @@ def load_weights(
     wanted = detector.state_dict()
     if not weights.keys() & wanted.keys():
         raise ConfigError(f"{source}: none of its weights has a place in the detector; is it of another one?")
-    absent = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
+    needed = {name: value for name, value in wanted.items() if not name.endswith(COUNTS)}
+    absent = [name for name, value in needed.items() if name not in weights or weights[name].shape != value.shape]
     if whole and absent:
         raise ConfigError(
-            f"{source}: {len(absent)} of the detector's {len(wanted)} weights are not in it, or have another shape: "
+            f"{source}: {len(absent)} of the detector's {len(needed)} weights are not in it, or have another shape: "
             f"{', '.join(absent[:3])}; is it of another config?"
         )
     return dict(loaded.get("meta") or {})

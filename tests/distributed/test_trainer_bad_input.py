@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from agvm_ds.demo.data import ensure
+from agvm_ds.mmdet.configs import detector_of, read_config
 from tests.trainer import cfg_options, data_options, launch, write_config, write_json
 
 AGVM = {"precondition": "none"}
@@ -74,6 +75,13 @@ def junk(place: Path) -> None:
 
 def foreign(place: Path) -> None:
     torch.save({"state_dict": {"encoder.weight": torch.zeros(2)}}, place / "foreign.pth")
+
+
+def partial(place: Path) -> None:
+    """Of the detector, without its RPN."""
+    weights = detector_of(read_config(None)).state_dict()
+    kept = {name: value for name, value in weights.items() if not name.startswith("rpn_head.")}
+    torch.save({"state_dict": kept}, place / "partial.pth")
 
 
 MISTAKES = {
@@ -159,6 +167,12 @@ MISTAKES = {
     ),
     "junk to test": Mistake(
         "junk.pth: cannot be loaded as a .pth", words=("{place}/junk.pth",), prepare=junk, script="test.py"
+    ),
+    "part to test": Mistake(
+        "weights are not in it, or have another shape: rpn_head.",
+        words=("{place}/partial.pth",),
+        prepare=partial,
+        script="test.py",
     ),
     "nothing to test": Mistake("checkpoint not found: no.pth", words=("no.pth",), script="test.py"),
     "options to test": Mistake("'foo' is not KEY=VALUE", words=("no.pth",), last=("foo",), script="test.py"),

@@ -21,6 +21,7 @@ if micro > {most}:
     print({message!r})
     sys.exit(1)
 print("│ peak memory, this rank │ " + str(micro) + ".00 GiB │")
+print("dry run: no work dir was made or changed; the same command without --dry-run trains")
 """
 
 
@@ -51,6 +52,9 @@ def played(place: Path, most: int, message: str) -> tuple[list[str], str]:
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
         "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
         "Process 12 exits with return code = -9",
+        "RuntimeError: CUDA error: out of memory",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 2.00 GiB for an array",
     ],
 )
 def test_memory_that_runs_out_ends_the_search(message: str, tmp_path: Path) -> None:
@@ -59,6 +63,23 @@ def test_memory_that_runs_out_ends_the_search(message: str, tmp_path: Path) -> N
     assert find(launcher, ["config.py"], settings, 64, told.append) == 6
     assert told[0] == "1 images a micro-batch: fits, peak memory, this rank : 1.00 GiB"
     assert "8 images a micro-batch: out of memory" in told
+
+
+def test_a_launch_that_ends_early_does_not_fit(tmp_path: Path) -> None:
+    """DeepSpeed's launcher ends with 0 when a signal ends what it started."""
+    program = tmp_path / "ended.py"
+    program.write_text("")
+    _, settings = played(tmp_path, 1, "")
+    with pytest.raises(ConfigError, match="trial with 1 images .* failed"):
+        find([sys.executable, str(program)], ["config.py"], settings, 64, lambda text: None)
+
+
+def test_a_small_training_set_ends_the_search(tmp_path: Path) -> None:
+    told: list[str] = []
+    message = "error: the training set has 10 images, fewer than one global batch: 16"
+    launcher, settings = played(tmp_path, 5, message)
+    assert find(launcher, ["config.py"], settings, 64, told.append) == 5
+    assert "8 images a micro-batch: more than the training set has" in told
 
 
 def test_another_failure_is_told(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def load(detector: nn.Module, options: TestOptions) -> None:
     """The checkpoint's weights; of a DeepSpeed checkpoint rank 0 reads them, and gives them to the others."""
     place = Path(options.checkpoint)
     if not place.is_dir():
-        load_weights(detector, options.checkpoint, get_root_logger(), options.trust_checkpoint)
+        load_weights(detector, options.checkpoint, get_root_logger(), options.trust_checkpoint, whole=True)
         return
     with session.agreeing():
         if comm.get_rank() == 0:
