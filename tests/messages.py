@@ -53,7 +53,6 @@ OTHER_TEXTS = {
     "what others say, which is looked for, and progress of a search": (
         "exits with return code = -9",
         "out of memory",
-        "unable to allocate",
         "… images a micro-batch: fits…",
         "… images a micro-batch: out of memory",
         "… images a micro-batch: more than the training set has",

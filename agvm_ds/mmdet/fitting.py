@@ -23,7 +23,6 @@ OUT_OF_MEMORY = (
     "out of memory",
     "alloc_failed",
     "allocate memory",
-    "unable to allocate",
     "memoryerror",
     "bad_alloc",
     "exits with return code = -9",
