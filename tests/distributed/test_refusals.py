@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import agvm_ds
 from agvm_ds.config import ConfigError
 from agvm_ds.shards import ShardError
 from tests.engines import AGVM_BLOCK, backward, ds_config, started, update
@@ -80,6 +82,22 @@ def twice() -> str:
         return "nothing"
 
 
+def off(**blocks: Any) -> list[str]:
+    """What is logged of an AGVM optimizer under a config without AGVM's block, or with ``blocks``."""
+    kept: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: kept.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("agvm_ds").addHandler(handler)
+    toy = Toy()
+    optimizer = agvm_ds.AGVM(agvm_ds.param_groups(toy, modules=["backbone", "neck"]), base=torch.optim.SGD, lr=0.1)
+    config = {key: value for key, value in ds_config(2, 2).items() if key not in ("agvm", "optimizer")}
+    engine, *_ = agvm_ds.initialize(model=toy, optimizer=optimizer, config={**config, **blocks})
+    logging.getLogger("agvm_ds").removeHandler(handler)
+    assert engine.agvm is None
+    engine.destroy()
+    return kept
+
+
 def everything() -> dict[str, Any]:
     """In one rank: all checks, one engine after another."""
     return {
@@ -87,6 +105,7 @@ def everything() -> dict[str, Any]:
         "poisoned": {stage: poisoned(stage) for stage in STAGES},
         "lost": {stage: lost_shard(stage) for stage in STAGES},
         "twice": twice(),
+        "off": (off(), off(agvm={"enabled": False})),
     }
 
 
@@ -118,6 +137,11 @@ def test_a_shard_that_is_not_there_is_an_error_never_a_zero(stage: int, outcome:
 
 def test_two_gradients_in_one_micro_batch_are_refused(outcome: dict[str, Any]) -> None:
     assert "got two gradients in one micro-batch" in outcome["twice"]
+
+
+def test_an_agvm_optimizer_without_its_block_is_told(outcome: dict[str, Any]) -> None:
+    silent, meant = outcome["off"]
+    assert [text for text in silent if "AGVM is off: the DeepSpeed config has no agvm block" in text] and not meant
 
 
 def test_the_toy_has_a_frozen_module() -> None:
