@@ -19,7 +19,6 @@ from agvm_ds.mmdet.rehearsal import REHEARSED
 
 TRAIN = Path(__file__).parents[2] / "launch/train.py"
 OUT_OF_MEMORY = (
-    "outofmemory",
     "out of memory",
     "alloc_failed",
     "allocate memory",

@@ -67,7 +67,7 @@ def variances(study: Study, base: str) -> Figure | None:
     batches = _known(study, base, ("plain", "pairwise"))
     if not batches:
         return None
-    figure, panels = _columns_of(batches, len(rows), f"{base}, seed 0 at the chosen rate", sharex=True)
+    figure, panels = _columns_of(batches, len(rows), base)
     names: list[str] = []
     for column, batch in enumerate(batches):
         for row, (method, quantity, label) in enumerate(rows):
@@ -86,13 +86,13 @@ def _known(study: Study, base: str, methods: Sequence[str]) -> list[int]:
     return [batch for batch in BATCHES if any(study.chosen(Cell(base, method, batch)) for method in methods)]
 
 
-def _columns_of(batches: Sequence[int], rows: int, heading: str, sharex: Any) -> tuple[Figure, Any]:
+def _columns_of(batches: Sequence[int], rows: int, base: str) -> tuple[Figure, Any]:
     """A figure with a column a batch, and its panels."""
     figure = empty_figure(2 + 2.75 * len(batches), 1 + 2.4 * rows)
-    panels = figure.subplots(rows, len(batches), sharex=sharex, sharey="row", squeeze=False)
+    panels = figure.subplots(rows, len(batches), sharex="col", sharey="row", squeeze=False)
     for axes, batch in zip(panels[0], batches, strict=True):
         axes.set_title(f"batch {batch}")
-    figure.suptitle(heading, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(f"{base}, seed 0 at the chosen rate", x=0.01, ha="left", fontweight="bold")
     return figure, panels
 
 
@@ -108,7 +108,7 @@ def curves(study: Study, base: str) -> Figure | None:
     batches = _known(study, base, METHODS)
     if not batches:
         return None
-    figure, panels = _columns_of(batches, 2, f"{base}, seed 0 at the chosen rate", sharex="col")
+    figure, panels = _columns_of(batches, 2, base)
     for column, batch in enumerate(batches):
         above, below = panels[0][column], panels[1][column]
         for place, method in enumerate(METHODS):

@@ -64,7 +64,7 @@ class Study:
         return max(runs, key=self._score)
 
     def chosen_line(self, cell: Cell) -> Line | None:
-        """Its line."""
+        """The line of that run."""
         chosen = self.chosen(cell)
         return self.known[chosen.key] if chosen else None
 

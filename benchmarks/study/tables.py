@@ -133,9 +133,10 @@ def critical(study: Study) -> str:
     for base in MODULATED:
         for batch in BATCHES:
             line = study.chosen_line(Cell(base, "plain", batch))
-            measures = line["measures"] if line else {}
-            parts = {name: [columns] for name, columns in measures.items()} | {ALL: list(measures.values())}
-            for name, modules in parts.items() if measures else ():
+            if line is None:
+                continue
+            measures = line["measures"]
+            for name, modules in [*((name, [columns]) for name, columns in measures.items()), (ALL, measures.values())]:
                 rows.append([base, str(batch), name, *(f"{noise_scale(modules, part):.3g}" for part in quarters)])
     return table(["base", "batch", "module", "first quarter", "second", "third", "last"], rows)
 

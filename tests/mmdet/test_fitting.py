@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.data import check_size
 from agvm_ds.mmdet.fitting import find, largest, trial_json
+from agvm_ds.mmdet.plan import Batch
 
 PLAYED = """
 import json, sys
@@ -76,8 +78,9 @@ def test_a_launch_that_ends_early_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_small_training_set_ends_the_search(tmp_path: Path) -> None:
     told: list[str] = []
-    message = "error: the training set has 10 images, fewer than one global batch: 16"
-    launcher, settings = played(tmp_path, 5, message)
+    with pytest.raises(ConfigError) as caught:
+        check_size(10, Batch(16, 8, 2, 1))
+    launcher, settings = played(tmp_path, 5, str(caught.value))
     assert find(launcher, ["config.py"], settings, 64, told.append) == 5
     assert "8 images a micro-batch: more than the training set has" in told
 

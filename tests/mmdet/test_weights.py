@@ -67,6 +67,16 @@ def test_mmdets_own_report_of_missing_and_unexpected_keys(tmp_path: Path, caplog
     assert torch.equal(net.weight, torch.ones(2, 2))
 
 
+def test_a_whole_pth_may_lack_batch_norms_counts_and_nothing_else(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for lacks in ("1.num_batches_tracked", "1.running_mean"):
+        kept = {name: value for name, value in net.state_dict().items() if name != lacks}
+        torch.save({"state_dict": kept}, tmp_path / f"{lacks}.pth")
+    load_weights(net, str(tmp_path / "1.num_batches_tracked.pth"), LOGGER, whole=True)
+    with pytest.raises(ConfigError, match="1 of the detector's 6 weights are not in it, .*: 1.running_mean"):
+        load_weights(net, str(tmp_path / "1.running_mean.pth"), LOGGER, whole=True)
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_what_is_no_pth_is_told(trust: bool, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"hello" * 100)
