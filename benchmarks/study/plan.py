@@ -22,7 +22,7 @@ from benchmarks.study.protocol import (
     MOST_RATES,
     SEEDS,
     Run,
-    rates,
+    scaled,
 )
 
 Line = Mapping[str, Any]
@@ -68,6 +68,12 @@ class Study:
         chosen = self.chosen(cell)
         return self.known[chosen.key] if chosen else None
 
+    def first_runs(self, cell: Cell) -> list[Line]:
+        """The lines of all the cell's runs with the choosing seed."""
+        wanted = ("epochs", cell.base, cell.method, cell.batch, CHOOSING_SEED)
+        names = ("series", "base", "method", "batch", "seed")
+        return [line for line in self.known.values() if tuple(line["run"][name] for name in names) == wanted]
+
     def _score(self, run: Run) -> float:
         return float(self.known[run.key]["choose"])
 
@@ -78,22 +84,30 @@ class Study:
         return self._choosing[cell]
 
     def _runs_to_choose_from(self, cell: Cell) -> list[Run]:
-        first = Run("epochs", cell.base, cell.method, cell.batch, 0.0, CHOOSING_SEED)
-        base = Cell(cell.base, "plain", BASE_BATCH)
-        if cell == base:
-            return self._search(first)
-        best = self.chosen(base)
+        begin = self._begin(cell)
+        if begin is None:
+            return []
+        first = Run("epochs", cell.base, cell.method, cell.batch, begin, CHOOSING_SEED)
         if cell.method == "fixed":
             source = self.chosen(Cell(cell.base, "pairwise", cell.batch))
             if source is None:
                 return []
             first = first.with_(multipliers=self.known[source.key]["mean_scale_factors"])
-        return [first.with_(rate=rate) for rate in rates(cell.base, best.rate, cell.batch)] if best else []
+        return self._search(first)
+
+    def _begin(self, cell: Cell) -> float | None:
+        """Where the search for a cell's rate begins; None while that is not known."""
+        if cell == (base := Cell(cell.base, "plain", BASE_BATCH)):
+            return FIRST_RATES[cell.base]
+        if cell.method == "plain":
+            best = self.chosen(base)
+            return scaled(cell.base, best.rate, cell.batch) if best else None
+        plain = self.chosen(Cell(cell.base, "plain", cell.batch))
+        return plain.rate if plain else None
 
     def _search(self, first: Run) -> list[Run]:
-        """At a batch of 16: three rates, and more by factors of two while the best is at an edge."""
-        middle = FIRST_RATES[first.base]
-        found = [middle / 2, middle, middle * 2]
+        """The first run's rate and half of it, then on by factors of two while the best is at an edge."""
+        found = [first.rate / 2, first.rate]
         while len(found) < MOST_RATES:
             runs = [first.with_(rate=rate) for rate in found]
             if any(run.key not in self.known for run in runs):

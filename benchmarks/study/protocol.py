@@ -33,11 +33,12 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "LAMB": {"type": "Lamb", "betas": (0.9, 0.99), "weight_decay": 0.05},
     "LARS": {"type": "Lars", "momentum": 0.9, "weight_decay": 1e-4},
 }
-LINEAR = ("SGD", "LARS")
-"""Tried from half the rate of the square-root rule to twice that of the linear rule; the others around the square root."""
 FIRST_RATES = {"SGD": 0.02, "AdamW": 0.002, "LAMB": 0.005, "LARS": 0.5}
-"""Where the search at a batch of 16 begins."""
+"""Where the search for plain's rate at a batch of 16 begins."""
+SCALING = {"SGD": 0.0}
+"""Powers of the batch that a rate grows with, where it is not the square root: SGD diverged at twice its best rate at 16."""
 MOST_RATES = 7
+"""Tried for a method at a batch."""
 
 METHODS = ("plain", "pairwise", "fixed", "split")
 """``fixed``: the base with each module's rate multiplied by AGVM's mean scale factor (pairwise, same base and batch)."""
@@ -125,12 +126,6 @@ def agvm_block(run: Run) -> dict[str, Any]:
     }
 
 
-def rates(base: str, best: float, batch: int) -> list[float]:
-    """The learning rates tried at a batch, by factors of two, for every method of a base; ``best``: plain's at 16."""
-    factor = batch / BASE_BATCH
-    low = best * factor**0.5 / 2
-    top = best * factor * 2 if base in LINEAR else best * factor**0.5 * 2
-    found = [low]
-    while found[-1] * 2 <= top * 1.001:
-        found.append(found[-1] * 2)
-    return found
+def scaled(base: str, best: float, batch: int) -> float:
+    """Where the search for plain's rate at another batch begins: by the square-root rule, SGD's unscaled; ``best``: at 16."""
+    return best * (batch / BASE_BATCH) ** SCALING.get(base, 0.5)

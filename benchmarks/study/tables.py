@@ -89,11 +89,11 @@ def _difference(study: Study, base: str, method: str, batch: int, series: str) -
 
 
 def tried(study: Study) -> str:
-    """All rates of all cells: mAP on the set to choose by, seed 0."""
+    """All rates of all cells, those of an earlier protocol too: mAP on the set to choose by, seed 0."""
     rows = []
     for cell in sorted(cells(), key=lambda cell: (_rank(cell.base), cell.batch)):
-        runs = [run for run in study.choosing(cell) if run.key in study.known]
-        found = ", ".join(f"{run.rate:.3g}: {_choice(study.known[run.key])}" for run in runs)
+        lines = sorted(study.first_runs(cell), key=lambda line: float(line["run"]["rate"]))
+        found = ", ".join(f"{line['run']['rate']:.3g}: {_choice(line)}" for line in lines)
         if found:
             rows.append([title(cell.base, cell.method), str(cell.batch), found])
     return table(["method", "batch", "rate: mAP on `choose`"], rows)
