@@ -6,6 +6,7 @@ images are the first of the data: leave some memory for larger ones. It writes n
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from agvm_ds.config import ConfigError
@@ -22,15 +23,19 @@ def main() -> None:
     add("--deepspeed_config", required=True, metavar="X.json", help="its batch sizes are set aside")
     add("--num_gpus", type=positive, help="of this host (default: all)")
     add("--hostfile", help="as DeepSpeed's launcher has it")
+    add("--master_port", type=positive, help="as DeepSpeed's launcher has it: another than a running training's")
     add("--most", type=positive, default=256, help="images (default %(default)s)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the mmdet config")
     args = parser.parse_args()
     launcher = ["deepspeed"]
-    for name in ("num_gpus", "hostfile"):
+    for name in ("num_gpus", "hostfile", "master_port"):
         if (value := getattr(args, name)) is not None:
             launcher += [f"--{name}", str(value)]
     arguments = [args.config, *(["--cfg-options", *args.cfg_options] if args.cfg_options else [])]
-    found = find(launcher, arguments, args.deepspeed_config, args.most, lambda text: print(text, flush=True))
+    try:
+        found = find(launcher, arguments, args.deepspeed_config, args.most, lambda text: print(text, flush=True))
+    except KeyboardInterrupt:  # which the launcher has too, and ends its ranks
+        sys.exit(128 + signal.SIGINT)
     if not found:
         raise ConfigError(
             "one image a micro-batch does not fit: a higher ZeRO stage, ZeRO-Offload, activation checkpointing (with_cp in "

@@ -7,6 +7,7 @@ collective: so a launch a size, which DeepSpeed's launcher ends as a whole.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -86,10 +87,16 @@ def find(
             tell(f"{micro} images a micro-batch: more than the training set has")
             return False
         raise ConfigError(
-            f"the trial with {micro} images a micro-batch failed, and not for memory:\n{done.stdout[-3000:]}"
+            f"the trial with {micro} images a micro-batch failed, and not for memory:\n{reason_of(done.stdout)}"
         )
 
     return largest(fits, most)
+
+
+def reason_of(output: str) -> str:
+    """The message with which launch/train.py refused, up to the launcher's next line; else the end of what was said."""
+    refused = re.search(r"^error: (.+?)(?=^\[|\Z)", output, re.MULTILINE | re.DOTALL)
+    return refused[1].strip() if refused else output[-3000:].strip()
 
 
 def peak_of(output: str) -> str:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.data import check_size
 from agvm_ds.mmdet.fitting import find, largest, trial_json
 from agvm_ds.mmdet.plan import Batch
+from tests.hosts.namespaces import until
 
 PLAYED = """
 import json, sys
@@ -85,12 +90,39 @@ def test_a_small_training_set_ends_the_search(tmp_path: Path) -> None:
     assert "8 images a micro-batch: more than the training set has" in told
 
 
-def test_another_failure_is_told(tmp_path: Path) -> None:
-    launcher, settings = played(tmp_path, 2, "error: config not found")
-    with pytest.raises(
-        ConfigError, match=r"trial with 4 images .* failed, and not for memory:\nerror: config not found"
-    ):
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("importing\nerror: no config\nin a.py\n[2026-01-01 00:00:00] [launch.py] Killing", "no config\nin a.py"),
+        ("error: no config", "no config"),
+        ("importing\nTraceback\nKeyError: 'error: 1'", "importing\nTraceback\nKeyError: 'error: 1'"),
+    ],
+)
+def test_another_failure_is_told_in_its_own_words(said: str, told: str, tmp_path: Path) -> None:
+    launcher, settings = played(tmp_path, 2, said)
+    with pytest.raises(ConfigError) as caught:
         find(launcher, ["config.py"], settings, 64, lambda text: None)
+    assert str(caught.value) == f"the trial with 4 images a micro-batch failed, and not for memory:\n{told}"
+
+
+def test_an_interrupted_search_says_nothing_more(tmp_path: Path) -> None:
+    _, settings = played(tmp_path, 1, "")
+    (tmp_path / "deepspeed").write_text(
+        f"#!{sys.executable}\nprint('begun', flush=True)\nimport time; time.sleep(600)\n"
+    )
+    (tmp_path / "deepspeed").chmod(0o755)
+    search = subprocess.Popen(
+        [sys.executable, "launch/find_micro_batch.py", "config.py", "--deepspeed_config", settings],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: bool(psutil.Process(search.pid).children()), 120)
+    os.killpg(search.pid, signal.SIGINT)
+    _, said = search.communicate(timeout=60)
+    assert search.returncode == 130 and "Traceback" not in said
 
 
 def test_a_trial_measures_if_the_run_would() -> None:
