@@ -135,13 +135,17 @@ class Study:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """All runs that are known by now, in their order."""
-        found = [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
+        """All runs that are known by now, in their order: first those that tell plain's rate at each batch."""
+        found = [
+            run for cell in cells() if cell.method == "plain" for run in self.choosing(cell) if cell.base in MODULATED
+        ]
+        found += [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
         for base in MODULATED:
             for batch in (batch for batch in reversed(BATCHES) if batch != EQUAL_UPDATES):
                 for method in METHODS:
                     found += self.reported(Cell(base, method, batch), "updates")
-        return found + [run for base in MODULATED for run in self.ablation(base)]
+        found += [run for base in MODULATED for run in self.ablation(base)]
+        return list({run.key: run for run in found}.values())
 
     def to_do(self) -> list[Run]:
         """What is left of them."""
