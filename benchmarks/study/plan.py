@@ -28,7 +28,7 @@ from benchmarks.study.protocol import (
 Line = Mapping[str, Any]
 """What runs.jsonl has of a run."""
 DIVERGED, FAILED, DONE = "diverged", "failed", "done"
-ORDER = (128, 256, 64)
+ORDER = (64, 128, 32)
 """Of the larger batches: first the one at which it is most open whether AGVM helps."""
 
 

@@ -12,9 +12,9 @@ SET = 512
 EPOCHS = 8
 MICRO = 8
 """Images in a micro-batch: two at a batch of 16, for a variance needs two."""
-BATCHES = (16, 64, 128, 256)
+BATCHES = (16, 32, 64, 128)
 BASE_BATCH = 16
-EQUAL_UPDATES = 128
+EQUAL_UPDATES = 64
 """The batch whose number of updates the second series has at every batch."""
 SEEDS = (1, 2, 3, 4)
 """Reported; rates are chosen with seed 0."""
@@ -57,7 +57,7 @@ ABLATION: tuple[Mapping[str, Any], ...] = (
     {"ratio_bounds": [0.25, 4.0]},
     {"ratio_bounds": [0.1, 100.0]},
 )
-ABLATION_BATCH = 128
+ABLATION_BATCH = 64
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_a_study_ends_with_every_cell_reported() -> None:
     assert series.index("updates") >= series.count("epochs") - ahead
     assert series.index("ablation") >= len(series) - series.count("ablation") - ahead
     equal = [Run(**line["run"]) for line in made if line["run"]["series"] == "updates"]
-    assert {run.updates for run in equal} == {128}
+    assert {run.updates for run in equal} == {256}
 
 
 def test_the_search_goes_on_while_the_best_is_at_an_edge() -> None:
@@ -89,7 +89,7 @@ def test_every_method_searches_from_plains_rate_until_its_best_is_inside() -> No
     """A method that likes twice plain's rate finds it, as one that likes a quarter."""
     study = Study(whole())
     for base, best in {"SGD": 0.01, "AdamW": 0.008}.items():
-        for batch in (64, 128, 256):
+        for batch in (32, 64, 128):
             for method in METHODS:
                 rates = [run.rate / scale(run) for run in study.choosing(Cell(base, method, batch))]
                 assert rates == pytest.approx([best / 2, best, best * 2])
@@ -196,10 +196,10 @@ def test_the_sweep_is_the_models_where_the_model_holds() -> None:
 
     study = Study([line(made) for made in whole()])
     rows = [row.split(" | ") for row in tables.sweep(study).splitlines()[2:]]
-    assert [row[2] for row in rows] == ["16", "64", "128", "256"] * 2
+    assert [row[2] for row in rows] == ["16", "32", "64", "128"] * 2
     for row in rows:
         assert float(row[4]) == pytest.approx(float(row[5].strip(" |")), rel=0.06)
-    assert float(rows[3][5].strip(" |")) == pytest.approx((1 + 48 / 16) / (1 + 48 / 256), abs=0.01)
+    assert float(rows[3][5].strip(" |")) == pytest.approx((1 + 48 / 16) / (1 + 48 / 128), abs=0.01)
     (row,) = (row for row in tables.critical(study).splitlines() if row.startswith("| SGD | 64 | all modules"))
     assert row.split(" | ")[3:6] == ["48"] * 3
 
