@@ -73,7 +73,9 @@ def compare_estimators(folder: Path = WORK_DIRS) -> None:
     """At the weights of plain SGD at the ablation's batch, its chosen rate: docs/study/estimators.json."""
     chosen = Study(lines.read()).chosen(Cell("SGD", "plain", ABLATION_BATCH))
     if chosen is None:
-        raise SystemExit(f"error: plain SGD at batch {ABLATION_BATCH} has no chosen rate yet: python -m benchmarks.study run")
+        raise SystemExit(
+            f"error: plain SGD at batch {ABLATION_BATCH} has no chosen rate yet: python -m benchmarks.study run"
+        )
     rows = []
     for epoch in estimators.EPOCHS:
         products = estimators.inner_products(folder / chosen.key / f"work/epoch_{epoch}.pth")

@@ -13,11 +13,12 @@ from benchmarks.study.protocol import (
     ALONE,
     BASE_BATCH,
     BATCHES,
+    BATCHES_ALONE,
     CHOOSING_SEED,
     EQUAL_UPDATES,
     FEWER_SEEDS,
     FIRST_RATES,
-    METHODS,
+    METHODS_AT,
     MODULATED,
     MOST_RATES,
     SEEDS,
@@ -28,8 +29,6 @@ from benchmarks.study.protocol import (
 Line = Mapping[str, Any]
 """What runs.jsonl has of a run."""
 DIVERGED, FAILED, DONE = "diverged", "failed", "done"
-ORDER = (64, 128, 32)
-"""Of the larger batches: first the one at which it is most open whether AGVM helps."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """In their order."""
     yield from (Cell(base, "plain", BASE_BATCH) for base in MODULATED)
-    yield from (Cell(base, method, batch) for batch in ORDER for base in MODULATED for method in METHODS)
-    yield from (Cell(base, "plain", batch) for base in ALONE for batch in (BASE_BATCH, *ORDER))
-    yield from (Cell(base, method, BASE_BATCH) for base in MODULATED for method in METHODS[1:])
+    yield from (Cell(base, one, batch) for batch, some in METHODS_AT.items() for base in MODULATED for one in some)
+    yield from (Cell(base, "plain", batch) for base in ALONE for batch in BATCHES_ALONE)
 
 
 class Study:
@@ -88,10 +86,12 @@ class Study:
         if begin is None:
             return []
         first = Run("epochs", cell.base, cell.method, cell.batch, begin, CHOOSING_SEED)
-        if cell.method == "fixed":
+        if cell.method in ("fixed", "split"):
             source = self.chosen(Cell(cell.base, "pairwise", cell.batch))
             if source is None:
                 return []
+            if cell.method == "split":
+                return [first.with_(rate=source.rate)]
             first = first.with_(multipliers=self.known[source.key]["mean_scale_factors"])
         return self._search(first)
 
@@ -142,7 +142,7 @@ class Study:
         found += [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
         for base in MODULATED:
             for batch in (batch for batch in reversed(BATCHES) if batch != EQUAL_UPDATES):
-                for method in METHODS:
+                for method in METHODS_AT[batch]:
                     found += self.reported(Cell(base, method, batch), "updates")
         found += [run for base in MODULATED for run in self.ablation(base)]
         return list({run.key: run for run in found}.values())

@@ -21,9 +21,9 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
     yield tables.ended(runs)
     for heading, text in (
         ("Accuracy at equal epochs", tables.reported(study)),
-        ("Against plain, seed by seed", tables.differences(study)),
+        ("Gains, seed by seed", tables.differences(study)),
         ("Accuracy at equal updates", tables.reported(study, "updates")),
-        ("Against plain, at equal updates", tables.differences(study, "updates")),
+        ("Gains at equal updates", tables.differences(study, "updates")),
         ("Scale factors", tables.factors(study)),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
         ("What the noise scale predicts of a larger batch", tables.sweep(study)),
@@ -40,7 +40,7 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
 NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
     "edge of the rates tried. (k): only k seeds yet.",
-    "Against plain, seed by seed": "Mean difference of equal seeds ± its standard error.",
+    "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
     "seed 0, at the chosen rate.",
     "What the noise scale predicts of a larger batch": "How many times fewer updates than at 16 the plain run with seed 0 "

@@ -60,26 +60,26 @@ def reported(study: Study, series: str = "epochs") -> str:
 
 
 def _rate(study: Study, cell: Cell, chosen: Run) -> str:
-    """With a star at an edge of what was tried."""
+    """With a star at an edge of what was tried, where more than one was."""
     tried = [run.rate for run in study.choosing(cell)]
-    return f"{chosen.rate:.3g}{'*' if chosen.rate in (tried[0], tried[-1]) else ''}"
+    return f"{chosen.rate:.3g}{'*' if len(tried) > 1 and chosen.rate in (tried[0], tried[-1]) else ''}"
 
 
 def differences(study: Study, series: str = "epochs") -> str:
     """What each method has over plain and over fixed, seed by seed: mean and its standard error."""
     rows = []
     for base in MODULATED:
-        for method in ("pairwise", "split", "fixed"):
-            cells_ = [_difference(study, base, method, batch, series) for batch in BATCHES]
-            rows.append([f"{title(base, method)} over plain", *cells_])
+        for method, other in (("pairwise", "plain"), ("split", "plain"), ("fixed", "plain"), ("pairwise", "fixed")):
+            found = [_difference(study, base, method, other, batch, series) for batch in BATCHES]
+            rows.append([f"{title(base, method)} over {other}", *found])
     return table(["", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
 
 
-def _difference(study: Study, base: str, method: str, batch: int, series: str) -> str:
-    mine, plain = (study.reported(Cell(base, one, batch), series) for one in (method, "plain"))
+def _difference(study: Study, base: str, method: str, other: str, batch: int, series: str) -> str:
+    mine, theirs = (study.reported(Cell(base, one, batch), series) for one in (method, other))
     pairs = [
         (float(study.known[a.key]["report"]), float(study.known[b.key]["report"]))
-        for a, b in zip(mine, plain, strict=False)
+        for a, b in zip(mine, theirs, strict=False)
         if a.key in study.known and b.key in study.known
     ]
     if len(pairs) < 2:
