@@ -7,7 +7,6 @@ collective: so a launch a size, which DeepSpeed's launcher ends as a whole.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -95,8 +94,8 @@ def find(
 
 def reason_of(output: str) -> str:
     """The message with which launch/train.py refused, up to the launcher's next line; else the end of what was said."""
-    refused = re.search(r"^error: (.+?)(?=^\[|\Z)", output, re.MULTILINE | re.DOTALL)
-    return refused[1].strip() if refused else output[-3000:].strip()
+    _, refused, rest = f"\n{output}".partition("\nerror: ")
+    return rest.partition("\n[")[0].strip() if refused else output[-3000:].strip()
 
 
 def peak_of(output: str) -> str:

@@ -118,6 +118,7 @@ def test_an_interrupted_search_says_nothing_more(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background has it ignored
     )
     until(lambda: bool(psutil.Process(search.pid).children()), 120)
     os.killpg(search.pid, signal.SIGINT)
