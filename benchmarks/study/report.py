@@ -43,10 +43,10 @@ NOTES = {
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
     "seed 0, at the chosen rate.",
-    "What the noise scale predicts of a larger batch": "How many times fewer updates than at 16 the plain run with seed 0 "
-    "needs to one loss, which all batches reach before their rates fall (and after their losses' highest point: a detector "
-    "without proposals has a small loss); and (1 + B/16) / (1 + B/batch), with B of all modules at 16 until then, as "
-    "`launch/advise.py` tells it.",
+    "What the noise scale predicts of a larger batch": "How many times fewer updates than at 16 the plain run "
+    "with seed 0 needs from one loss to a lower one, which both runs have after their losses' highest point (a detector "
+    "without proposals has a small loss) and before their rates fall; and (1 + B/16) / (1 + B/batch), with B of all "
+    "modules at 16 meanwhile, as `launch/advise.py` tells it. Only where both losses fall by a quarter.",
     "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.",
 }
 

@@ -152,30 +152,39 @@ def noise_scale(modules: Iterable[Mapping[str, Any]], part: slice) -> float:
 
 SMOOTH = 5
 """Logged losses that are averaged."""
+LEAST = 0.25
+"""Share by which both losses must fall."""
 
 
 def sweep(study: Study) -> str:
-    """How many times fewer updates a larger batch needs to one loss, and what the noise scale at the base batch predicts.
+    """How many times fewer updates a larger batch needs from one loss to a lower one, and what the noise scale predicts.
 
-    Of the plain runs that were chosen. The loss is the lowest that all of them reach, after their losses' highest point (a
-    detector without proposals has a small loss) and before their rates fall.
+    Of the plain runs that were chosen, each batch beside the base batch: between the losses that both have after their
+    highest (a detector without proposals has a small loss) and before their rates fall, where they fall by LEAST at least.
+    The noise scale is the base batch's there.
     """
     rows = []
     for base in MODULATED:
-        lines = {batch: study.chosen_line(Cell(base, "plain", batch)) for batch in BATCHES}
-        ended = {batch: line for batch, line in lines.items() if line is not None}
-        if BASE_BATCH not in ended or len(ended) == 1:
-            continue
-        curves = {batch: falling(line) for batch, line in ended.items()}
-        level = max(min(loss for _, loss in curve) for curve in curves.values())
-        needed = {batch: next(u for u, loss in curve if loss <= level) for batch, curve in curves.items()}
-        first = ended[BASE_BATCH]
-        until = max(round(needed[BASE_BATCH] * BINS / first["updates"]), 1)
-        critical = noise_scale(first["measures"].values(), slice(until))
-        for batch, updates in needed.items():
-            fewer, predicted = needed[BASE_BATCH] / updates, speedup(critical, BASE_BATCH, batch)
-            rows.append([base, f"{level:.2f}", str(batch), str(updates), f"{fewer:.2f}", f"{predicted:.2f}"])
-    return table(["base", "loss", "batch", "updates to it", "times fewer", "predicted"], rows)
+        first = study.chosen_line(Cell(base, "plain", BASE_BATCH))
+        for batch in BATCHES:
+            line = study.chosen_line(Cell(base, "plain", batch))
+            gain = _gain(first, line, batch) if first and line and batch != BASE_BATCH else None
+            if gain:
+                rows.append([base, str(batch), *gain])
+    return table(["base", "batch", "losses", f"updates at {BASE_BATCH}", "updates", "times fewer", "predicted"], rows)
+
+
+def _gain(first: Line, other: Line, batch: int) -> list[str] | None:
+    curves = falling(first), falling(other)
+    high, low = min(curve[0][1] for curve in curves), max(min(loss for _, loss in curve) for curve in curves)
+    if low > (1 - LEAST) * high:
+        return None
+    spans = [[next(update for update, loss in curve if loss <= level) for level in (high, low)] for curve in curves]
+    here, there = (end - begin for begin, end in spans)
+    part = slice(*(round(update * BINS / first["updates"]) for update in spans[0]))
+    critical = noise_scale(first["measures"].values(), slice(part.start, max(part.stop, part.start + 1)))
+    fewer = [f"{ratio(here, there):.2f}", f"{speedup(critical, BASE_BATCH, batch):.2f}"]
+    return [f"{high:.2f} to {low:.2f}", str(here), str(there), *fewer]
 
 
 def falling(line: Line) -> list[tuple[int, float]]:
