@@ -42,7 +42,6 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """In their order."""
-    yield from (Cell(base, "plain", BASE_BATCH) for base in MODULATED)
     yield from (Cell(base, one, batch) for batch, some in METHODS_AT.items() for base in MODULATED for one in some)
     yield from (Cell(base, "plain", batch) for base in ALONE for batch in BATCHES_ALONE)
 

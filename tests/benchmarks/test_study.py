@@ -147,6 +147,7 @@ def test_measures_are_averaged_in_parts() -> None:
 def test_the_tables_have_every_cell() -> None:
     study = Study([{**line, "measures": {}, "loss": [], "curve": []} for line in whole()])
     rows = tables.reported(study).splitlines()
+    assert len(set(tables.tried(study).splitlines())) == len(tables.tried(study).splitlines())
     assert [row.count("±") for row in rows[2:]] == [4, 3, 2, 2, 4, 3, 2, 2, 3, 3]
     assert "**" not in rows[2] and rows[2].startswith("| SGD |")
     gains = whole(lambda run: score(run) + {"pairwise": 0.03, "fixed": 0.01}.get(run.method, 0.0))
