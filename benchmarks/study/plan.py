@@ -85,24 +85,24 @@ class Study:
         if begin is None:
             return []
         first = Run("epochs", cell.base, cell.method, cell.batch, begin, CHOOSING_SEED)
-        if cell.method in ("fixed", "split"):
-            source = self.chosen(Cell(cell.base, "pairwise", cell.batch))
+        if cell.method == "split":
+            return [first]
+        if cell.method == "fixed":
+            source = self.chosen_line(Cell(cell.base, "pairwise", cell.batch))
             if source is None:
                 return []
-            if cell.method == "split":
-                return [first.with_(rate=source.rate)]
-            first = first.with_(multipliers=self.known[source.key]["mean_scale_factors"])
+            first = first.with_(multipliers=source["mean_scale_factors"])
         return self._search(first)
 
     def _begin(self, cell: Cell) -> float | None:
-        """Where the search for a cell's rate begins; None while that is not known."""
+        """Where the search for a cell's rate begins, or split's rate, which is pairwise's; None while that is not known."""
         if cell == (base := Cell(cell.base, "plain", BASE_BATCH)):
             return FIRST_RATES[cell.base]
         if cell.method == "plain":
             best = self.chosen(base)
             return scaled(cell.base, best.rate, cell.batch) if best else None
-        plain = self.chosen(Cell(cell.base, "plain", cell.batch))
-        return plain.rate if plain else None
+        source = self.chosen(Cell(cell.base, "pairwise" if cell.method == "split" else "plain", cell.batch))
+        return source.rate if source else None
 
     def _search(self, first: Run) -> list[Run]:
         """The first run's rate and half of it, then on by factors of two while the best is at an edge."""
@@ -135,9 +135,8 @@ class Study:
     @cached_property
     def runs(self) -> list[Run]:
         """All runs that are known by now, in their order: first those that tell plain's rate at each batch."""
-        found = [
-            run for cell in cells() if cell.method == "plain" for run in self.choosing(cell) if cell.base in MODULATED
-        ]
+        first = (cell for cell in cells() if cell.method == "plain" and cell.base in MODULATED)
+        found = [run for cell in first for run in self.choosing(cell)]
         found += [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
         for base in MODULATED:
             for batch in (batch for batch in reversed(BATCHES) if batch != EQUAL_UPDATES):

@@ -41,14 +41,15 @@ MOST_RATES = 7
 """Tried for a method at a batch."""
 
 METHODS = ("plain", "pairwise", "fixed", "split")
+"""``fixed``: the base with each module's rate multiplied by AGVM's mean scale factor (pairwise, same base and batch)."""
 METHODS_AT = {64: METHODS, 128: METHODS, 16: METHODS[:2], 32: METHODS[:1]}
 """Batch -> what is trained at it, in the study's order."""
-"""``fixed``: the base with each module's rate multiplied by AGVM's mean scale factor (pairwise, same base and batch)."""
 MODULATED = ("SGD", "AdamW")
 """Bases of every method."""
 ALONE = ("LAMB", "LARS")
 """Bases that are methods by themselves."""
 BATCHES_ALONE = (16, 64, 128)
+"""At which those are trained."""
 
 ABLATION: tuple[Mapping[str, Any], ...] = (
     {"ema_decay": 0.0},

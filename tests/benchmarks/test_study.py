@@ -102,6 +102,9 @@ def test_every_method_searches_from_plains_rate_until_its_best_is_inside() -> No
         chosen = study.chosen(Cell("AdamW", method, 64))
         assert chosen is not None and chosen.rate == pytest.approx(0.008 * factor)
         assert rates[0] < chosen.rate < rates[-1]
+    assert [run.rate for run in study.choosing(Cell("AdamW", "split", 64))] == pytest.approx([0.016]), (
+        "pairwise's, not plain's"
+    )
 
 
 def test_a_failed_run_is_taken_again_and_a_diverged_one_counts() -> None:
