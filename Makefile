@@ -27,8 +27,8 @@ demo: $(STAMP) ## train a small detector with AGVM on two ranks, then its mAP (a
 	@echo "training the demo: 2 ranks, 6 epochs, about 4 minutes on 2 cores"
 	OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_configs/agvm_zero2.json --work-dir work_dirs/demo
 
-test: lint ## lint, then all tests
-	$(BIN)/python -m pytest
+test: lint ## lint, then all tests, two files of them at a time: ranks wait for one another often enough
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)
 	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
