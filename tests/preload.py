@@ -1,5 +1,6 @@
 """Imported once by the process from which test ranks are forked."""
 
+import gc
 import logging
 import os
 
@@ -17,3 +18,4 @@ import agvm_ds.mmdet.train  # noqa: F401
 
 torch.set_num_threads(1)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+gc.freeze()  # DeepSpeed calls gc.collect: a rank need not look through all that was imported
