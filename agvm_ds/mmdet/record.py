@@ -17,18 +17,17 @@ from agvm_ds.mmdet.plan import Plan
 from agvm_ds.report.runs import RUN_FILE
 
 
-def write_record(
-    cfg: Config, plan: Plan, engine: Any, work_dir: Path, updates: int, updates_per_epoch: int | None
-) -> None:
+def write_record(cfg: Config, plan: Plan, runner: Any, updates: int) -> None:
     """``config.py`` (mmdet) and ``deepspeed.json``, both as effective, and ``run.json``; rank 0 does it.
 
     run.json: {"command", "config", "started", "seed", "batch", "micro_batch", "accumulation", "ranks", "updates",
     "updates_per_epoch" (null without epochs)}.
     """
-    if engine.global_rank != 0:
+    if runner.rank != 0:
         return
-    (work_dir / "deepspeed.json").write_text(json.dumps(effective_json(plan, engine), indent=2) + "\n")
-    cfg.dump(str(work_dir / "config.py"))
+    work_dir = Path(runner.work_dir)
+    (work_dir / "deepspeed.json").write_text(json.dumps(effective_json(plan, runner.engine), indent=2) + "\n")
+    (work_dir / "config.py").write_text(runner.meta["config"])
     record = {
         "command": command(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -38,7 +37,7 @@ def write_record(
         "accumulation": plan.batch.accumulation,
         "ranks": plan.batch.ranks,
         "updates": updates,
-        "updates_per_epoch": updates_per_epoch,
+        "updates_per_epoch": runner.updates_per_epoch,
     }
     (work_dir / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
 

@@ -139,7 +139,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         runner.resume_state(loader, options.allow_older)
     else:
         runner.set_earlier_aside()
-    write_record(cfg, plan, engine, work_dir, updates, runner.updates_per_epoch)
+    write_record(cfg, plan, runner, updates)
     if engine.agvm is not None and engine.global_rank == 0:
         engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     logger.info("waiting for the first update and its data ...")
@@ -226,7 +226,7 @@ def make_runner(
     for group in engine.basic_optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # before a resume brings the rate of its update
     meta = {
-        "config": cfg.pretty_text,
+        "config": cfg.pretty_text if engine.global_rank == 0 else "",  # formatting it takes a while
         "seed": seed,
         "exp_name": config_path(options.config).name,
         "mmdet_version": mmdet_version,

@@ -41,7 +41,7 @@ def cases(group: str) -> list:
 @pytest.mark.parametrize(
     ("group", "option", "stage", "way"), [*cases("configurations"), *cases("bases"), *cases("compiled bases")]
 )
-@pytest.mark.timeout(900)  # the compiled bases' first build
+@pytest.mark.timeout(1200)  # the compiled bases' first build
 def test_it_agrees_with_the_reference(group: str, option: Option, stage: int, way: Way, judged: Judged) -> None:
     found = judged(group)[key_of(option, stage, way)]
     assert isinstance(found, Worst), found

@@ -33,8 +33,11 @@ def test_the_modules_are_those_of_the_run(modules: Any, tmp_path: Path) -> None:
     cfg = read_config(None)
     plan = make_plan(settings, cfg, ranks=2)
     net = Net()
-    engine = SimpleNamespace(global_rank=0, module=net, agvm=SimpleNamespace(config=plan.agvm))
-    write_record(cfg, plan, engine, tmp_path, 20, 10)
+    engine = SimpleNamespace(module=net, agvm=SimpleNamespace(config=plan.agvm))
+    meta = {"config": cfg.pretty_text}
+    write_record(
+        cfg, plan, SimpleNamespace(rank=0, engine=engine, work_dir=tmp_path, meta=meta, updates_per_epoch=10), 20
+    )
     again = load_config(tmp_path / "deepspeed.json")
     block = read_block(again)
     assert block is not None
