@@ -26,6 +26,7 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         ("Gains at equal updates", tables.differences(study, "updates")),
         ("Scale factors", tables.factors(study)),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
+        ("Where the loss of accuracy begins", tables.onset(study)),
         ("What the noise scale predicts of a larger batch", tables.sweep(study)),
         ("One setting changed", tables.ablation(study)),
         ("Pairwise and split at fixed weights", tables.estimators(compared)),
@@ -43,6 +44,9 @@ NOTES = {
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
     "seed 0, at the chosen rate.",
+    "Where the loss of accuracy begins": "The plain run with seed 0: mAP on `report` after 8 epochs (how many times the "
+    "images of a batch of 16 it would need by the noise scale: (1 + batch/B) / (1 + 16/B), with B of all modules in the "
+    "middle half of the run at 16).",
     "What the noise scale predicts of a larger batch": "How many times fewer updates than at 16 the plain run "
     "with seed 0 needs from one loss to a lower one, which both runs have after their losses' highest point (a detector "
     "without proposals has a small loss) and before their rates fall; and (1 + B/16) / (1 + B/batch), with B of all "

@@ -150,6 +150,27 @@ def noise_scale(modules: Iterable[Mapping[str, Any]], part: slice) -> float:
     return ratio(*sums)
 
 
+def onset(study: Study) -> str:
+    """The plain run's mAP at each batch beside how many times the base batch's images it needs by the noise scale there.
+
+    The noise scale is that of all modules at the base batch, in the middle half of its run.
+    """
+    middle = slice(BINS // 4, 3 * BINS // 4)
+    rows = []
+    for base in MODULATED:
+        first = study.chosen_line(Cell(base, "plain", BASE_BATCH))
+        if first is None:
+            continue
+        critical = noise_scale(first["measures"].values(), middle)
+        row = [base, f"{critical:.3g}"]
+        for batch in BATCHES:
+            line = study.chosen_line(Cell(base, "plain", batch))
+            images = batch / BASE_BATCH / speedup(critical, BASE_BATCH, batch)
+            row.append(f"{line['report']:.3f} ({images:.2f})" if line else NONE)
+        rows.append(row)
+    return table(["base", "critical batch size", *map(str, BATCHES)], rows)
+
+
 SMOOTH = 5
 """Logged losses that are averaged."""
 LEAST = 0.25

@@ -214,6 +214,9 @@ def test_the_sweep_is_the_models_where_the_model_holds() -> None:
     assert float(rows[2][6]) == pytest.approx((1 + 48 / 16) / (1 + 48 / 128), abs=0.01)
     (row,) = (row for row in tables.critical(study).splitlines() if row.startswith("| SGD | 64 | all modules"))
     assert [cell.strip() for cell in row.split("|")[5:-1]] == ["48"] * 3
+    images = (1 + 64 / 48) / (1 + 16 / 48)
+    (row,) = (row for row in tables.onset(study).splitlines() if row.startswith("| SGD | 48 |"))
+    assert row.split("|")[5].strip() == f"{score(Run('epochs', 'SGD', 'plain', 64, 0.01, 0)):.3f} ({images:.2f})"
 
 
 def test_the_estimators_agree_with_the_formulas_on_inner_products() -> None:
