@@ -99,6 +99,9 @@ def test_the_work_dir_is_complete(work_dir: Path) -> None:
     }
     assert [json.loads(line)["update"] for line in (work_dir / "agvm.jsonl").read_text().splitlines()] == [2, 4]
     assert (work_dir / "deepspeed" / "latest").read_text() == "epoch_2"
+    config = (work_dir / "config.py").read_text()
+    assert read_config(str(work_dir / "config.py")).model.type == "FasterRCNN"
+    assert torch.load(work_dir / "latest.pth", weights_only=True)["meta"]["config"] == config
 
 
 def test_the_log_tells_what_each_module_stepped_with(work_dir: Path) -> None:
