@@ -226,7 +226,7 @@ def make_runner(
     for group in engine.basic_optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # before a resume brings the rate of its update
     meta = {
-        "config": cfg.pretty_text if engine.global_rank == 0 else "",  # formatting it takes a while
+        "config": cfg.pretty_text,
         "seed": seed,
         "exp_name": config_path(options.config).name,
         "mmdet_version": mmdet_version,
