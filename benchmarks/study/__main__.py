@@ -22,7 +22,7 @@ from benchmarks.machine import save
 from benchmarks.study import estimators, lines, report
 from benchmarks.study.launch import ROOT, NotRun, make_data, train
 from benchmarks.study.plan import FAILED, Cell, Line, Study
-from benchmarks.study.protocol import ABLATION_BATCH, Run
+from benchmarks.study.protocol import CENTRAL_BATCH, Run
 
 WORK_DIRS = ROOT / "work_dirs/study"
 
@@ -71,10 +71,10 @@ def _commit() -> str:
 
 def compare_estimators(folder: Path = WORK_DIRS) -> None:
     """At the weights of plain SGD at the ablation's batch, its chosen rate: docs/study/estimators.json."""
-    chosen = Study(lines.read()).chosen(Cell("SGD", "plain", ABLATION_BATCH))
+    chosen = Study(lines.read()).chosen(Cell("SGD", "plain", CENTRAL_BATCH))
     if chosen is None:
         raise SystemExit(
-            f"error: plain SGD at batch {ABLATION_BATCH} has no chosen rate yet: python -m benchmarks.study run"
+            f"error: plain SGD at batch {CENTRAL_BATCH} has no chosen rate yet: python -m benchmarks.study run"
         )
     rows = []
     for epoch in estimators.EPOCHS:

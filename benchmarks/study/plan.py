@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from benchmarks.study.protocol import (
     ABLATION,
-    ABLATION_BATCH,
     ALONE,
     BASE_BATCH,
     BATCHES,
     BATCHES_ALONE,
+    CENTRAL_BATCH,
     CHOOSING_SEED,
-    EQUAL_UPDATES,
     FEWER_SEEDS,
     FIRST_RATES,
+    METHODS,
     METHODS_AT,
+    METHODS_AT_EQUAL_UPDATES,
+    METHODS_HALFWAY,
     MODULATED,
     MOST_RATES,
     SEEDS,
@@ -117,15 +119,32 @@ class Study:
             found = [found[0] / 2, *found] if best == found[0] else [*found, found[-1] * 2]
         return [first.with_(rate=rate) for rate in found]
 
-    def reported(self, cell: Cell, series: str = "epochs") -> list[Run]:
+    def reported(self, cell: Cell) -> list[Run]:
         """The cell's runs with the other seeds; none while its rate is not chosen."""
         chosen = self.chosen(cell)
-        seeds = FEWER_SEEDS if series == "updates" else SEEDS
-        return [chosen.with_(series=series, seed=seed) for seed in seeds] if chosen else []
+        return [chosen.with_(seed=seed) for seed in SEEDS] if chosen else []
+
+    def at_equal_updates(self, cell: Cell) -> list[Run]:
+        """The cell's runs with the updates, and the rate, of CENTRAL_BATCH; at that batch they are the first series'."""
+        chosen = self.chosen(replace(cell, batch=CENTRAL_BATCH))
+        if chosen is None:
+            return []
+        series = chosen.series if cell.batch == CENTRAL_BATCH else "updates"
+        return [chosen.with_(series=series, batch=cell.batch, seed=seed) for seed in FEWER_SEEDS]
+
+    def halfway(self, cell: Cell) -> list[Run]:
+        """The cell's runs at the rate between its chosen one and the better of that one's neighbours (geometric mean)."""
+        chosen = self.chosen(cell)
+        if chosen is None:
+            return []
+        runs = self.choosing(cell)
+        place = runs.index(chosen)
+        better = max(runs[max(place - 1, 0) : place] + runs[place + 1 : place + 2], key=self._score)
+        return [chosen.with_(series="halfway", rate=(chosen.rate * better.rate) ** 0.5, seed=seed) for seed in SEEDS]
 
     def ablation(self, base: str) -> list[Run]:
         """AGVM with one setting changed, at its chosen rate."""
-        chosen = self.chosen(Cell(base, "pairwise", ABLATION_BATCH))
+        chosen = self.chosen(Cell(base, "pairwise", CENTRAL_BATCH))
         if chosen is None:
             return []
         return [
@@ -135,15 +154,20 @@ class Study:
     @cached_property
     def runs(self) -> list[Run]:
         """All runs that are known by now, in their order: first those that tell plain's rate at each batch."""
-        first = (cell for cell in cells() if cell.method == "plain" and cell.base in MODULATED)
-        found = [run for cell in first for run in self.choosing(cell)]
-        found += [run for cell in cells() for run in (*self.choosing(cell), *self.reported(cell))]
-        for base in MODULATED:
-            for batch in (batch for batch in reversed(BATCHES) if batch != EQUAL_UPDATES):
-                for method in METHODS_AT[batch]:
-                    found += self.reported(Cell(base, method, batch), "updates")
+        modulated = [cell for cell in cells() if cell.base in MODULATED]
+        found = [run for cell in modulated if cell.method == "plain" for run in self.choosing(cell)]
+        found += self._first_series(cell for cell in modulated if cell.batch == CENTRAL_BATCH)
+        centre = [Cell(base, method, CENTRAL_BATCH) for base in MODULATED for method in METHODS]
+        found += [run for cell in centre if cell.method in METHODS_HALFWAY for run in self.halfway(cell)]
+        for batch in reversed(BATCHES):
+            equal = [replace(cell, batch=batch) for cell in centre if cell.method in METHODS_AT_EQUAL_UPDATES]
+            found += [run for cell in equal for run in self.at_equal_updates(cell)]
+        found += self._first_series(cells())
         found += [run for base in MODULATED for run in self.ablation(base)]
         return list({run.key: run for run in found}.values())
+
+    def _first_series(self, some: Iterable[Cell]) -> list[Run]:
+        return [run for cell in some for run in (*self.choosing(cell), *self.reported(cell))]
 
     def to_do(self) -> list[Run]:
         """What is left of them."""

@@ -14,8 +14,8 @@ MICRO = 8
 """Images in a micro-batch: two at a batch of 16, for a variance needs two."""
 BATCHES = (16, 32, 64, 128)
 BASE_BATCH = 16
-EQUAL_UPDATES = 64
-"""The batch whose number of updates the second series has at every batch."""
+CENTRAL_BATCH = 64
+"""Where every method is trained, the ablation too; its number of updates and its rates are the second series'."""
 SEEDS = (1, 2, 3, 4)
 """Reported; rates are chosen with seed 0."""
 FEWER_SEEDS = (1, 2)
@@ -42,13 +42,17 @@ MOST_RATES = 7
 
 METHODS = ("plain", "pairwise", "fixed", "split")
 """``fixed``: the base with each module's rate multiplied by AGVM's mean scale factor (pairwise, same base and batch)."""
-METHODS_AT = {64: METHODS, 128: METHODS, 16: METHODS[:2], 32: METHODS[:1]}
-"""Batch -> what is trained at it, in the study's order."""
+METHODS_AT = {64: METHODS, 128: METHODS[:2], 16: METHODS[:2], 32: METHODS[:1]}
+"""Batch -> what is trained at it for EPOCHS, in the study's order."""
+METHODS_AT_EQUAL_UPDATES = METHODS[:3]
+"""At every batch."""
+METHODS_HALFWAY = METHODS[:2]
+"""At the central batch also with a rate between two of the search's."""
 MODULATED = ("SGD", "AdamW")
 """Bases of every method."""
 ALONE = ("LAMB", "LARS")
 """Bases that are methods by themselves."""
-BATCHES_ALONE = (16, 64, 128)
+BATCHES_ALONE = (16, 64)
 """At which those are trained."""
 
 ABLATION: tuple[Mapping[str, Any], ...] = (
@@ -61,7 +65,6 @@ ABLATION: tuple[Mapping[str, Any], ...] = (
     {"ratio_bounds": [0.25, 4.0]},
     {"ratio_bounds": [0.1, 100.0]},
 )
-ABLATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Run:
     """One training."""
 
     series: str
-    """``epochs``: EPOCHS at every batch; ``updates``: as many as at EQUAL_UPDATES; ``ablation``: one AGVM setting changed."""
+    """``epochs``: EPOCHS at every batch; ``updates``: as many as at CENTRAL_BATCH; ``halfway``: EPOCHS with a rate between
+    two of those searched; ``ablation``: one AGVM setting changed."""
     base: str
     method: str
     batch: int
@@ -89,7 +93,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """At equal updates a larger batch has more."""
-        return EPOCHS if self.series != "updates" else max(EPOCHS * self.batch // EQUAL_UPDATES, 1)
+        return EPOCHS if self.series != "updates" else max(EPOCHS * self.batch // CENTRAL_BATCH, 1)
 
     @property
     def updates(self) -> int:

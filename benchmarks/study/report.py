@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.machine import between_marks
 from benchmarks.study import figures, lines, tables
 from benchmarks.study.plan import Study
+from benchmarks.study.protocol import CENTRAL_BATCH
 
 DOCUMENT = lines.FOLDER.with_suffix(".md")
 ESTIMATORS = lines.FOLDER / "estimators.json"
@@ -21,9 +22,10 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
     yield tables.ended(runs)
     for heading, text in (
         ("Accuracy at equal epochs", tables.reported(study)),
-        ("Gains, seed by seed", tables.differences(study)),
-        ("Accuracy at equal updates", tables.reported(study, "updates")),
-        ("Gains at equal updates", tables.differences(study, "updates")),
+        ("Gains, seed by seed", tables.differences(study, study.reported)),
+        (HALFWAY, tables.halfway(study)),
+        ("Accuracy at equal updates", tables.at_equal_updates(study)),
+        ("Gains at equal updates", tables.differences(study, study.at_equal_updates)),
         ("Scale factors", tables.factors(study)),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
         ("Where the loss of accuracy begins", tables.onset(study)),
@@ -38,10 +40,13 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         yield f"![{Path(name).stem.replace('_', ', ')}](study/{name})"
 
 
+HALFWAY = f"A rate between two of the search's, at batch {CENTRAL_BATCH}"
 NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
     "edge of the rates tried. (k): only k seeds yet.",
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
+    HALFWAY: "The geometric mean of the chosen rate and the better of its two neighbours; seeds 1 to 4.",
+    "Accuracy at equal updates": f"As many updates as at {CENTRAL_BATCH}, at the rate that was chosen there; seeds 1 and 2.",
     "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
     "seed 0, at the chosen rate.",
     "Where the loss of accuracy begins": "The plain run with seed 0: mAP on `report` after 8 epochs (how many times the "

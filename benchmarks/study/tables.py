@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
 from agvm_ds.report.advice import ALL, ratio, speedup
 from benchmarks.study.launch import BINS
 from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
-from benchmarks.study.protocol import ABLATION_BATCH, BASE_BATCH, BATCHES, MODULATED, SEEDS, STEPS, Run
+from benchmarks.study.protocol import BASE_BATCH, BATCHES, CENTRAL_BATCH, METHODS_HALFWAY, MODULATED, SEEDS, STEPS, Run
 
 NONE = ""
 
@@ -47,45 +48,67 @@ def spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ± {stdev(values):.3f}{few}" if len(values) > 1 else f"{values[0]:.3f} (1)"
 
 
-def reported(study: Study, series: str = "epochs") -> str:
+def reported(study: Study) -> str:
     """Method x batch: mAP, and the rate that was chosen."""
+    return _method_by_batch(study, study.reported, lambda cell: cell)
 
-    def cell(base: str, method: str, batch: int) -> str:
-        place = Cell(base, method, batch)
-        text, chosen = spread(scores(study, study.reported(place, series))), study.chosen(place)
-        return f"{text} at {_rate(study, place, chosen)}" if text and chosen else text
 
-    rows = [[title(*one), *(cell(*one, batch) for batch in BATCHES)] for one in methods()]
+def at_equal_updates(study: Study) -> str:
+    """The same with as many updates at every batch."""
+    return _method_by_batch(study, study.at_equal_updates, lambda cell: replace(cell, batch=CENTRAL_BATCH))
+
+
+RunsOf = Callable[[Cell], Sequence[Run]]
+
+
+def _method_by_batch(study: Study, runs_of: RunsOf, chosen_at: Callable[[Cell], Cell]) -> str:
+    def text(cell: Cell) -> str:
+        found = spread(scores(study, runs_of(cell)))
+        return f"{found} at {_rate(study, chosen_at(cell))}" if found else found
+
+    rows = [[title(*one), *(text(Cell(*one, batch)) for batch in BATCHES)] for one in methods()]
     return table(["method", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
 
 
-def _rate(study: Study, cell: Cell, chosen: Run) -> str:
-    """With a star at an edge of what was tried, where more than one was."""
-    tried = [run.rate for run in study.choosing(cell)]
+def _rate(study: Study, cell: Cell) -> str:
+    """The chosen one, with a star at an edge of what was tried, where more than one was."""
+    tried, chosen = [run.rate for run in study.choosing(cell)], study.chosen(cell)
+    if chosen is None:
+        return NONE
     return f"{chosen.rate:.3g}{'*' if len(tried) > 1 and chosen.rate in (tried[0], tried[-1]) else ''}"
 
 
-def differences(study: Study, series: str = "epochs") -> str:
+def differences(study: Study, runs_of: RunsOf) -> str:
     """What each method has over plain and over fixed, seed by seed: mean and its standard error."""
     rows = []
     for base in MODULATED:
         for method, other in (("pairwise", "plain"), ("split", "plain"), ("fixed", "plain"), ("pairwise", "fixed")):
-            found = [_difference(study, base, method, other, batch, series) for batch in BATCHES]
-            rows.append([f"{title(base, method)} over {other}", *found])
+            pairs = [[runs_of(Cell(base, one, batch)) for one in (method, other)] for batch in BATCHES]
+            rows.append([f"{title(base, method)} over {other}", *(gain(study, *pair) for pair in pairs)])
     return table(["", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
 
 
-def _difference(study: Study, base: str, method: str, other: str, batch: int, series: str) -> str:
-    mine, theirs = (study.reported(Cell(base, one, batch), series) for one in (method, other))
-    pairs = [
-        (float(study.known[a.key]["report"]), float(study.known[b.key]["report"]))
-        for a, b in zip(mine, theirs, strict=False)
-        if a.key in study.known and b.key in study.known
-    ]
-    if len(pairs) < 2:
+def gain(study: Study, mine: Sequence[Run], theirs: Sequence[Run]) -> str:
+    """Mean difference of the seeds that both have, and its standard error."""
+    both = [pair for pair in zip(mine, theirs, strict=False) if all(run.key in study.known for run in pair)]
+    if len(both) < 2:
         return NONE
-    gains = [a - b for a, b in pairs]
+    gains = [a - b for a, b in (scores(study, pair) for pair in both)]
     return f"{fmean(gains):+.3f} ± {stdev(gains) / len(gains) ** 0.5:.3f}"
+
+
+def halfway(study: Study) -> str:
+    """Methods at the central batch: at their chosen rate, and at one halfway to its better neighbour."""
+    rows = []
+    for base in MODULATED:
+        for method in METHODS_HALFWAY:
+            cell = Cell(base, method, CENTRAL_BATCH)
+            pair = study.reported(cell), study.halfway(cell)
+            texts = [spread(scores(study, runs)) for runs in pair]
+            if all(texts):
+                found = (f"{text} at {runs[0].rate:.3g}" for text, runs in zip(texts, pair, strict=True))
+                rows.append([title(base, method), *found])
+    return table(["method", "at the chosen rate", "halfway"], rows)
 
 
 def tried(study: Study) -> str:
@@ -107,7 +130,7 @@ def ablation(study: Study) -> str:
     """What was changed: mAP."""
     rows = []
     for base in MODULATED:
-        groups: dict[str, list[Run]] = {"nothing": study.reported(Cell(base, "pairwise", ABLATION_BATCH))}
+        groups: dict[str, list[Run]] = {"nothing": study.reported(Cell(base, "pairwise", CENTRAL_BATCH))}
         for run in study.ablation(base):
             groups.setdefault(", ".join(f"{key} = {value}" for key, value in run.changed.items()), []).append(run)
         rows += [[base, what, spread(scores(study, runs))] for what, runs in groups.items()]

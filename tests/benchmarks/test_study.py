@@ -17,7 +17,18 @@ from agvm_ds.variance import pairwise_variance
 from benchmarks.study import estimators, figures, lines, tables
 from benchmarks.study.launch import deepspeed_settings, in_bins, mean_factors, mmdet_settings
 from benchmarks.study.plan import Cell, Study
-from benchmarks.study.protocol import BATCHES, IMAGES, METHODS, METHODS_AT, MODULATED, Run, ema_decay, interval
+from benchmarks.study.protocol import (
+    BATCHES,
+    IMAGES,
+    METHODS,
+    METHODS_AT,
+    METHODS_AT_EQUAL_UPDATES,
+    METHODS_HALFWAY,
+    MODULATED,
+    Run,
+    ema_decay,
+    interval,
+)
 
 
 def invented(run: Run, score: Callable[[Run], float]) -> dict[str, Any]:
@@ -64,13 +75,36 @@ def test_a_study_ends_with_every_cell_reported() -> None:
                 runs = study.reported(Cell(base, method, batch))
                 assert [run.seed for run in runs] == [1, 2, 3, 4] and all(run.key in study.known for run in runs)
                 assert bool(runs[0].multipliers) == (method == "fixed")
-    order = [(line["run"]["series"], line["run"]["base"]) for line in made]
-    ahead = 4  # of two runs at a time one may be, while the other has yet to choose a rate
-    for later, earlier in {"updates": "epochs", "ablation": "updates"}.items():
-        last = max(n for n, (series, base) in enumerate(order) if series == earlier and base in MODULATED)
-        assert min(n for n, (series, _) in enumerate(order) if series == later) >= last - ahead
-    equal = [Run(**line["run"]) for line in made if line["run"]["series"] == "updates"]
-    assert {run.updates for run in equal} == {256}
+        for method in METHODS_HALFWAY:
+            assert all(run.key in study.known for run in study.halfway(Cell(base, method, 64)))
+        for batch in BATCHES:
+            for method in METHODS_AT_EQUAL_UPDATES:
+                runs = study.at_equal_updates(Cell(base, method, batch))
+                assert [run.seed for run in runs] == [1, 2] and all(run.key in study.known for run in runs)
+                assert {(run.updates, run.batch) for run in runs} == {(256, batch)}
+                assert runs[0].rate == study.reported(Cell(base, method, 64))[0].rate
+    # by their means, for of two runs at a time one is ahead while the other has yet to choose a rate
+    groups: dict[str, list[int]] = {}
+    for place, run in enumerate(Run(**line["run"]) for line in made):
+        if run.base in MODULATED and run.seed:
+            name = "centre" if run.series == "epochs" and run.batch == 64 else run.series
+            groups.setdefault(name, []).append(place)
+    assert sorted(groups, key=lambda name: mean(groups[name])) == ["centre", "halfway", "updates", "epochs", "ablation"]
+
+
+def test_halfway_is_between_the_chosen_rate_and_its_better_neighbour() -> None:
+    """The best is at 0.012: halfway from 0.01, which is chosen, to 0.02, not to 0.005."""
+    study = Study(whole(lambda run: 0.7 - 0.05 * abs(math.log2(run.rate / 0.012))))
+    for method in METHODS_HALFWAY:
+        runs = study.halfway(Cell("SGD", method, 64))
+        assert [run.seed for run in runs] == [1, 2, 3, 4] and {run.series for run in runs} == {"halfway"}
+        assert runs[0].rate == pytest.approx(0.01 * 2**0.5)
+        assert all(line["run"]["rate"] != runs[0].rate for line in study.first_runs(Cell("SGD", method, 64)))
+    assert Study([]).halfway(Cell("SGD", "plain", 64)) == []
+    rows = tables.halfway(study).splitlines()
+    assert (
+        len(rows) == 6 and rows[2].startswith("| SGD | ") and "0.701" not in rows[2] and rows[2].endswith("at 0.0141 |")
+    )
 
 
 def test_the_search_goes_on_while_the_best_is_at_an_edge() -> None:
@@ -151,12 +185,17 @@ def test_the_tables_have_every_cell() -> None:
     study = Study([{**line, "measures": {}, "loss": [], "curve": []} for line in whole()])
     rows = tables.reported(study).splitlines()
     assert len(set(tables.tried(study).splitlines())) == len(tables.tried(study).splitlines())
-    assert [row.count("±") for row in rows[2:]] == [4, 3, 2, 2, 4, 3, 2, 2, 3, 3]
+    assert [row.count("±") for row in rows[2:]] == [4, 3, 1, 1, 4, 3, 1, 1, 2, 2]
     assert "**" not in rows[2] and rows[2].startswith("| SGD |")
     gains = whole(lambda run: score(run) + {"pairwise": 0.03, "fixed": 0.01}.get(run.method, 0.0))
-    table = tables.differences(Study(gains)).splitlines()
-    for row, means in {2: ["+0.030", "", "+0.030", "+0.030"], 5: ["", "", "+0.020", "+0.020"]}.items():
+    study = Study(gains)
+    table = tables.differences(study, study.reported).splitlines()
+    for row, means in {2: ["+0.030", "", "+0.030", "+0.030"], 5: ["", "", "+0.020", ""]}.items():
         assert [cell.strip().removesuffix(" ± 0.000") for cell in table[row].split("|")[2:-1]] == means
+    equal = tables.differences(study, study.at_equal_updates)
+    assert equal.splitlines()[-1].count("+0.020 ± 0.000") == 4
+    rows = tables.at_equal_updates(study).splitlines()
+    assert [row.count("(2) at 0.01 |") for row in rows[2:5]] == [4, 4, 4]
     assert "0 of those known by now are still to do" in tables.ended(list(study.known.values()))
 
 
