@@ -34,7 +34,7 @@ def draw(study: Study, folder: Path) -> list[str]:
 def accuracy(study: Study) -> Figure | None:
     """mAP of the reported seeds by batch, a panel a base: mean and standard deviation."""
     figure = empty_figure(10, 4.4)
-    panels = figure.subplots(1, len(MODULATED), sharey=True)
+    panels = figure.subplots(1, len(MODULATED), sharex=True, sharey=True)
     for axes, base in zip(panels, MODULATED, strict=True):
         rows = [(base, method) for method in METHODS]
         if base == MODULATED[-1]:
@@ -47,11 +47,12 @@ def accuracy(study: Study) -> Figure | None:
                 # beside each other, not on top
                 shifted = [batch * 1.03 ** (place - 1.5) for batch in batches]
                 axes.errorbar(shifted, means, spreads, capsize=3, marker="o", label=title(kind, method), **style(place))
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlim=(BATCHES[0] / 1.25, BATCHES[-1] * 1.25))
         axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
         axes.minorticks_off()
         axes.set(xlabel="batch, images", title=base)
         dress(axes, "mAP on report" if axes is panels[0] else "")
+        axes.set_ylim(bottom=0)
         if axes.has_data():
             axes.legend(frameon=False, handlelength=3.5, fontsize=9)
     return figure if any(axes.has_data() for axes in panels) else None

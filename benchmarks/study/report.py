@@ -27,6 +27,7 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         ("Accuracy at equal updates", tables.at_equal_updates(study)),
         ("Gains at equal updates", tables.differences(study, study.at_equal_updates)),
         ("Scale factors", tables.factors(study)),
+        ("Gradient variance by module and batch", tables.variances(study)),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
         ("Where the loss of accuracy begins", tables.onset(study)),
         ("What the noise scale predicts of a larger batch", tables.sweep(study)),
@@ -47,6 +48,8 @@ NOTES = {
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     HALFWAY: "The geometric mean of the chosen rate and the better of its two neighbours; seeds 1 to 4.",
     "Accuracy at equal updates": f"As many updates as at {CENTRAL_BATCH}, at the rate that was chosen there; seeds 1 and 2.",
+    "Gradient variance by module and batch": "Mean Φ in the middle half of the plain run with seed 0, at the chosen "
+    "rate (over the backbone's).",
     "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
     "seed 0, at the chosen rate.",
     "Where the loss of accuracy begins": "The plain run with seed 0: mAP on `report` after 8 epochs (how many times the "

@@ -164,6 +164,24 @@ def critical(study: Study) -> str:
     return table(["base", "batch", "module", "first quarter", "second", "third", "last"], rows)
 
 
+def variances(study: Study) -> str:
+    """Mean variance of each module in the middle half of a plain run, and in brackets over the anchor's."""
+    rows = []
+    for base in MODULATED:
+        lines = [study.chosen_line(Cell(base, "plain", batch)) for batch in BATCHES]
+        columns = [
+            {name: _middle(one["variance"]) for name, one in line["measures"].items()} if line else {} for line in lines
+        ]
+        for name in dict.fromkeys(name for column in columns for name in column):
+            found = [f"{c[name]:.2f} ({ratio(c[name], next(iter(c.values()))):.2f})" if c else NONE for c in columns]
+            rows.append([base, name, *found])
+    return table(["base", "module", *map(str, BATCHES)], rows)
+
+
+def _middle(values: Sequence[float | None]) -> float:
+    return fmean(value for value in values[BINS // 4 : 3 * BINS // 4] if value is not None)
+
+
 def noise_scale(modules: Iterable[Mapping[str, Any]], part: slice) -> float:
     """Noise over signal of some modules together, in a part of a run's BINS."""
     sums = (

@@ -206,6 +206,15 @@ def drawable(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, "measures": {"backbone": columns, "neck": columns}, "curve": curve, "loss": [[1, 2.0], [8, 1.0]]}
 
 
+def test_the_variances_are_those_of_the_middle_half() -> None:
+    columns = {"backbone": [9.0] * 4 + [0.5, None] + [0.75] * 6 + [9.0] * 4, "neck": [9.0] * 5 + [0.25] * 7 + [9.0] * 4}
+    measures = {name: {"variance": values} for name, values in columns.items()}
+    rows = tables.variances(Study([{**line, "measures": measures} for line in whole()])).splitlines()
+    assert rows[2] == "| SGD | backbone | " + " | ".join(["0.71 (1.00)"] * 4) + " |"
+    assert rows[5].startswith("| AdamW | neck | 1.34 (1.88) | ")
+    assert len(tables.variances(Study([])).splitlines()) == 2
+
+
 def test_the_figures_draw_what_the_lines_say(tmp_path: Path) -> None:
     study = Study([drawable(line) for line in whole()])
     assert figures.draw(Study([]), tmp_path) == [] and not list(tmp_path.iterdir())
