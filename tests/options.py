@@ -6,8 +6,10 @@ Two ranks, two accumulation steps. A row either agrees with the reference or is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -230,13 +232,17 @@ def refusals() -> list[Option]:
             zero(offload_optimizer=CPU | {"super_offload": True}),
         ),
         ("zero_optimization.offload_param.device", (3,), zero(offload_param={"device": "nvme", "nvme_path": "."})),
-        ("bf16.bf16_master_weights_and_grads", (2,), offload | _bf16("bf16_master_weights_and_grads")),
-        ("bf16.bf16_optimizer_states", (2,), offload | _bf16("bf16_optimizer_states")),
+        ("bf16.bf16_master_weights_and_grads", (2,), offload | _half("bf16", "bf16_master_weights_and_grads")),
+        ("bf16.bf16_optimizer_states", (2,), offload | _half("bf16", "bf16_optimizer_states")),
+        ("fp16.fp16_master_weights_and_grads", (2,), offload | _half("fp16", "fp16_master_weights_and_grads")),
         ("compile.deepcompile", (3,), {"compile": {"deepcompile": True}}),
         ("tensor_parallel.autotp_size", (2,), {"tensor_parallel": {"autotp_size": 2}}),
         ("sequence_parallel_size", (2,), {"sequence_parallel_size": 2}),
     ]
-    found = [Option(path, stages, config, ways=one, refused=f"{path} = ") for path, stages, config in rows]
+    found = [
+        Option(_with_value(path, config), stages, config, ways=one, refused=f"{path} = ")
+        for path, stages, config in rows
+    ]
     for name in REFUSED:
         said = f"{name}': not supported with AGVM"
         found.append(Option(f"optimizer {name}", (1,), {"optimizer": {"type": name}}, ways=one, refused=said))
@@ -244,8 +250,14 @@ def refusals() -> list[Option]:
     return [*found, Option(channels_last, ANY, model=models.ChannelsLast, ways=one, refused="is not contiguous")]
 
 
-def _bf16(key: str) -> dict[str, Any]:
-    return {"bf16": {"enabled": True, key: True}}
+def _with_value(path: str, config: Mapping[str, Any]) -> str:
+    """``a.b: true``: what the row's configuration has there; for a block the path alone."""
+    value: Any = reduce(lambda block, key: block[key], path.split("."), config)
+    return path if isinstance(value, Mapping) else f"{path}: {json.dumps(value)}"
+
+
+def _half(block: str, key: str) -> dict[str, Any]:
+    return {block: {"enabled": True, key: True}}
 
 
 def configuration(option: Option, stage: int, way: Way) -> dict[str, Any]:

@@ -150,6 +150,20 @@ def test_the_table_of_keys_has_every_key_with_its_meaning() -> None:
     assert TEXTS["docs/json-reference.md"].count(docs_hooks.KEYS) == 1
 
 
+def test_the_readmes_table_of_keys_has_the_defaults() -> None:
+    """A row may be of two keys."""
+    rows = [
+        line.split(" | ")[:2] for line in TEXTS["README.md"].splitlines() if re.match(r"\| `[a-z_]+`.* \| .* \| ", line)
+    ]
+    keys = [key.strip("| `") for names, _ in rows for key in names.split(", ")]
+    told = [json.loads(value) for names, values in rows for value in _values(values, names.count(",") + 1)]
+    assert dict(zip(keys, told, strict=True)) == json.loads(AGVMConfig().model_dump_json())
+
+
+def _values(text: str, count: int) -> list[str]:
+    return text.replace("`", "").split(", ") if count > 1 else [text.replace("`", "")]
+
+
 def test_links_out_of_the_docs_lead_to_pages_of_the_site() -> None:
     moved = docs_hooks.relinked(
         "[a](../tests/reference.py) [b](options.md#x) [c](../configs) [d](https://e.f/g)", DOCS[0]

@@ -27,6 +27,7 @@ from agvm_ds.config import ConfigError
 from agvm_ds.engine import STATE_KEY
 from agvm_ds.mmdet.ema import ema_hooks
 from agvm_ds.mmdet.evaluate import broadcast_object
+from agvm_ds.mmdet.optimizer import replaced, settings_of
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state
 from agvm_ds.mmdet.weights import StateDict
@@ -172,24 +173,29 @@ class Checkpointing:
         """
         refuse_nothing_to_resume(Path(self.work_dir))
         tag = self._whole_tag(allow_older)
+        mine = settings_of(self.engine.basic_optimizer.param_groups)
         state = self._load(tag)
+        if others := replaced(mine, settings_of(self.engine.basic_optimizer.param_groups)):
+            self.logger.warning(
+                "the optimizer goes on with the checkpoint's settings (this run's): %s", ", ".join(others)
+            )
         self._refuse_other_pace(tag, state)
         self._iter = int(self.engine.global_steps)
         self._resumed_from = tag, self._iter
         self._take_meta(state)
         self._take_averages(state["averages"])
         self.saving.unrounded.update(broadcast_object(state.get(UNROUNDED, {})))
-        mine = None
+        own = None
         if len(state["random"]) == comm.get_world_size():
-            mine = state["random"][self.rank]
-            self._epoch_start = mine["epoch_start"]
+            own = state["random"][self.rank]
+            self._epoch_start = own["epoch_start"]
         else:
             ranks = comm.get_world_size(), len(state["random"])
             self.logger.warning("resumed on %d ranks from %d: data order and random state are not continued", *ranks)
         epoch, done = state["position"]
         was, now = state["updates_per_epoch"], self.updates_per_epoch
         self._position = epoch, now if now is not None and (done == was or done > now) else done
-        self._continue(loader, self._position, mine and mine["now"])
+        self._continue(loader, self._position, own and own["now"])
         self.logger.info("resumed from %s at update %d, epoch %d", self.vault.folder / tag, self._iter, self._epoch)
 
     def _continue(self, loader: Any, position: tuple[int, int], now: dict[str, Any] | None) -> None:

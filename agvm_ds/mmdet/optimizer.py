@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -104,3 +104,25 @@ def base_from_config(optimizer: Mapping[str, Any]) -> tuple[type[torch.optim.Opt
     if base is None:
         raise ConfigError(f"optimizer.type = {optimizer.get('type')!r}: mmcv knows no optimizer of that name")
     return base, options
+
+
+def settings_of(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each parameter group's settings as they were given: of one that a schedule moves, the value that it began with."""
+    return [
+        {key: group.get(f"initial_{key}", value) for key, value in group.items() if key not in MOVING}
+        for group in groups
+    ]
+
+
+MOVING = (PARAMS, "step", "initial_lr", "initial_momentum", "initial_betas")
+"""What is in a group and is no setting."""
+
+
+def replaced(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[str]:
+    """In words, the settings that are others now, each with the first group that shows it."""
+    words: dict[str, str] = {}
+    for mine, now in zip(before, after, strict=True):
+        for key in mine.keys() & now.keys():
+            if now[key] != mine[key]:
+                words.setdefault(key, f"{key} = {now[key]} ({mine[key]})")
+    return [words[key] for key in sorted(words)]

@@ -49,6 +49,11 @@ def test_it_agrees_with_the_reference(group: str, option: Option, stage: int, wa
     assert found.within(option.allowed(way)), found
 
 
+def test_the_page_has_every_row() -> None:
+    page = (Path(__file__).parents[2] / "docs/options.md").read_text()
+    assert [option.name for group in GROUPS.values() for option in group if f"| {option.name} |" not in page] == []
+
+
 @pytest.mark.parametrize(("group", "option", "stage", "way"), cases("refusals"))
 def test_it_is_refused_with_the_reason(group: str, option: Option, stage: int, way: Way, judged: Judged) -> None:
     found = judged(group)[key_of(option, stage, way)]

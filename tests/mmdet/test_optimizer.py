@@ -11,7 +11,7 @@ from torch import nn
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.optimizer import OptimizerSetup, build, paramwise_groups
+from agvm_ds.mmdet.optimizer import OptimizerSetup, build, paramwise_groups, replaced, settings_of
 from agvm_ds.mmdet.plan import make_plan
 
 AGVM = {"precondition": "none"}
@@ -157,3 +157,11 @@ def test_frozen_parameters_are_in_no_group() -> None:
     setup = made(config(type="SGD", lr=0.5, paramwise_cfg=PARAMWISE), None, net=net)
     assert isinstance(setup.optimizer, torch.optim.Optimizer)
     assert sum(len(group["params"]) for group in setup.groups) == 6
+
+
+def test_settings_that_a_checkpoint_replaces_are_named_and_those_that_a_schedule_moves_are_not() -> None:
+    mine = settings_of([{"params": [], "lr": 0.19, "initial_lr": 0.19, "momentum": 0.9, "weight_decay": 0.1}] * 2)
+    moved = {"params": [], "lr": 0.02, "momentum": 0.8, "initial_momentum": 0.9, "weight_decay": 0.1, "step": 7}
+    assert replaced(mine, settings_of([{**moved, "initial_lr": 0.19}] * 2)) == []
+    others = [{**moved, "initial_lr": 0.38}, {**moved, "initial_lr": 0.76, "weight_decay": 0.0}]
+    assert replaced(mine, settings_of(others)) == ["lr = 0.38 (0.19)", "weight_decay = 0.0 (0.1)"]

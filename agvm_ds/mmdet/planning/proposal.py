@@ -89,7 +89,6 @@ def _json(layout: Layout, optimizer: Mapping[str, Any], windows: scaling.Windows
     return {
         "train_batch_size": layout.batch.train,
         "train_micro_batch_size_per_gpu": layout.batch.micro,
-        "gradient_accumulation_steps": layout.batch.accumulation,
         "optimizer": dict(optimizer),
         "gradient_clipping": scaling.CLIP_NORM,
         "zero_optimization": {"stage": layout.stage},
