@@ -103,11 +103,13 @@ def check_size(images: int, batch: Batch) -> None:
 
 def test_loader(cfg: Config, split: str = "val") -> Any:
     """The loader of ``cfg.data.val`` or ``.test``: each rank sees its share of the images, in order."""
-    options = {"samples_per_gpu": 1, "workers_per_gpu": 2, "persistent_workers": False}
-    options |= dict(cfg.data.get(f"{split}_dataloader", {}))
+    options = {"samples_per_gpu": 1, "workers_per_gpu": 2, "persistent_workers": False, "shuffle": False}
+    options |= dict(cfg.data.get(f"{split}_dataloader", {})) | {"dist": True}
+    if options["shuffle"]:
+        raise ConfigError(f"data.{split}_dataloader.shuffle = True: results are put together in the data set's order")
     data_cfg = cfg.data[split]
     if options["samples_per_gpu"] > 1:
         for _, part in data_sets(data_cfg, split):
             part.pipeline = replace_ImageToTensor(part.pipeline)
     data = _built(data_cfg, {"test_mode": True})
-    return build_dataloader(data, **options, dist=True, shuffle=False)
+    return build_dataloader(data, **options)

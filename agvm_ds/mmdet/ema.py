@@ -20,9 +20,6 @@ from agvm_ds.mmdet.evaluate import broadcast_object
 from agvm_ds.mmdet.weights import StateDict
 from agvm_ds.shards import cut, gathered, shards_of
 
-EMA_HOOKS = ("EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")
-"""mmcv's and mmdet's, by name; the one to use here has "Engine" before it."""
-
 
 class EngineEMA:
     """Mixed in before one of these hooks: when and with what momentum is its rule, what is averaged is said here.
@@ -116,15 +113,6 @@ class EngineExpMomentumEMAHook(EngineEMA, ExpMomentumEMAHook):
 @HOOKS.register_module()
 class EngineLinearMomentumEMAHook(EngineEMA, LinearMomentumEMAHook):
     """LinearMomentumEMAHook."""
-
-
-def engine_hooks(custom_hooks: Any) -> list[Any]:
-    """A config's ``custom_hooks`` with the EMA hooks' types replaced; mmcv allows one alone without a list."""
-    hooks = custom_hooks if isinstance(custom_hooks, (list, tuple)) else [custom_hooks] if custom_hooks else []
-    return [
-        {**hook, "type": f"Engine{hook['type']}"} if isinstance(hook, dict) and hook.get("type") in EMA_HOOKS else hook
-        for hook in hooks
-    ]
 
 
 def ema_hooks(hooks: Iterable[Any]) -> list[EngineEMA]:

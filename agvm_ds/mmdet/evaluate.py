@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed import comm
 from mmcv import Config
@@ -18,7 +20,7 @@ from mmdet.core import encode_mask_results
 from torch import nn
 
 from agvm_ds.mmdet.configs import detector_of
-from agvm_ds.mmdet.model import to_device
+from agvm_ds.mmdet.model import put_on, to_device
 from agvm_ds.mmdet.randomness import untouched_randomness
 
 
@@ -26,7 +28,9 @@ def plain_detector(cfg: Config, device: torch.device | str) -> nn.Module:
     """A detector of the config without weights, in evaluation mode. Raises ConfigError when it cannot be built."""
     with untouched_randomness():
         detector = detector_of(cfg)
-    return detector.to(device).eval()
+    put_on(detector, device)
+    detector.eval()  # mmdet's distillation returns nothing here
+    return detector
 
 
 @torch.no_grad()
@@ -69,17 +73,36 @@ def collect(results: list[Any], images: int) -> list[Any] | None:
     return in_order[:images]  # the sampler pads the last turn
 
 
-def metrics_of(data: Any, results: list[Any], options: Mapping[str, Any], logger: Any) -> dict[str, float]:
-    """The data set's own metrics as plain numbers; a metric of which nothing was detected counts as 0."""
+@dataclass(frozen=True)
+class Metrics:
+    """What a data set's ``evaluate`` has found."""
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    undetected: bool = False
+    """Of some metric nothing was detected: it counts as 0, and its other names are not among the numbers."""
+
+
+def metrics_of(data: Any, results: list[Any], options: Mapping[str, Any], logger: Any) -> Metrics:
+    """The data set's own metrics as plain numbers; what is no number (lists by class, ...) is logged alone."""
     with warnings.catch_warnings():
         found = data.evaluate(results, logger=logger, **options)
+    numbers = {key: float(value) for key, value in found.items() if _is_number(value)}
     # mmdet adds the figures once more as a text ("bbox_mAP_copypaste")
-    numbers = {key: float(value) for key, value in found.items() if not isinstance(value, str)}
-    wanted = options.get("metric", [])
+    for key, value in found.items():
+        if key not in numbers and not isinstance(value, str):
+            logger.info("%s: %s", key, value)
+    wanted, undetected = options.get("metric", []), False
     for metric, prefix in product([wanted] if isinstance(wanted, str) else wanted, _prefixes(data)):
         if metric in ("bbox", "segm") and not any(key.startswith(f"{prefix}{metric}_") for key in numbers):
             numbers[f"{prefix}{metric}_mAP"] = numbers[f"{prefix}{metric}_mAP_50"] = 0.0
-    return numbers
+            undetected = True
+    return Metrics(numbers, undetected)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) or (
+        isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0
+    )
 
 
 def _prefixes(data: Any) -> list[str]:

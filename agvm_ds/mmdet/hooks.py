@@ -13,7 +13,7 @@ from mmdet.core.evaluation.eval_hooks import DistEvalHook
 from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of
+from agvm_ds.mmdet.evaluate import Metrics, broadcast_object, collect, detect, metrics_of
 from agvm_ds.mmdet.progress import counted
 from agvm_ds.mmdet.randomness import untouched_randomness
 from agvm_ds.mmdet.signals import StopAsked
@@ -95,14 +95,17 @@ class EngineEvalHook(DistEvalHook):
 
     def evaluate(self, runner: Any, results: Any) -> float | None:
         """Metrics on rank 0, then known to every rank and its log buffer; returns the score for ``save_best``."""
-        metrics: dict[str, float] = {}
+        found = Metrics()
         if runner.rank == 0:
-            metrics = metrics_of(self.dataloader.dataset, results, self.eval_kwargs, runner.logger)
-        self.latest_metrics = metrics = broadcast_object(metrics)
+            found = metrics_of(self.dataloader.dataset, results, self.eval_kwargs, runner.logger)
+        found = broadcast_object(found)
+        self.latest_metrics = metrics = found.numbers
         runner.log_buffer.output.update(metrics)
         runner.log_buffer.ready = True
         if self.save_best is None or not metrics:
             return None
+        if found.undetected and self.key_indicator not in metrics:
+            return None  # no score yet; "auto" takes the first name of an evaluation that has all
         if self.key_indicator == "auto":
             self._init_rule(self.rule, next(iter(metrics)))
         if self.key_indicator not in metrics:

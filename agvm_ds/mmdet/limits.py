@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from mmcv import Config
+from mmcv.runner.hooks import CheckpointHook
+from mmdet.models import BaseDetector
+from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.ema import EMA_HOOKS
+from agvm_ds.mmdet.custom_hooks import EMA_HOOKS, class_of, listed, unknown_kinds
 from agvm_ds.mmdet.nonfinite import KEY
 from agvm_ds.mmdet.plan import Plan
 
@@ -20,7 +22,8 @@ WITHOUT_EPOCHS = "an IterBasedRunner has no epochs, after which mmcv uses the av
 
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
     """Raise ConfigError with all of them together."""
-    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *_bad_updates(cfg), *_writers(plan)]
+    problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *unknown_kinds(cfg.get("custom_hooks"))]
+    problems += [*_checkpoints(cfg), *_bad_updates(cfg), *_writers(plan)]
     if problems:
         raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
     if cfg.get("rfnext_search"):
@@ -51,15 +54,39 @@ def _resume(cfg: Config) -> Iterator[str]:
 
 def _averages(cfg: Config, plan: Plan) -> Iterator[str]:
     offload = (plan.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    hooks = cfg.get("custom_hooks") or []
-    for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
-        kind: Any = hook.get("type") if isinstance(hook, dict) else None
-        if kind in EMA_HOOKS and hook.get("resume_from"):
-            yield f"custom hook {kind}: resume_from: --resume brings the averages back"
-        elif kind in EMA_HOOKS and offload.get("device") == "nvme":
-            yield f"custom hook {kind}: offload_optimizer.device nvme leaves no fp32 weights in memory to average; use cpu"
-        elif kind in EMA_HOOKS and cfg.runner.get("type") == "IterBasedRunner":
-            plan.notes.append(f"custom hook {kind}: {WITHOUT_EPOCHS}")
+    for hook in listed(cfg.get("custom_hooks")):
+        if (kind := class_of(hook)) not in EMA_HOOKS:
+            continue
+        name = f"custom hook {kind.__name__}"
+        if hook.get("resume_from"):
+            yield f"{name}: resume_from: --resume brings the averages back"
+        elif offload.get("device") == "nvme":
+            yield f"{name}: offload_optimizer.device nvme leaves no fp32 weights in memory to average; use cpu"
+        elif cfg.runner.get("type") == "IterBasedRunner":
+            plan.notes.append(f"{name}: {WITHOUT_EPOCHS}")
+
+
+def _checkpoints(cfg: Config) -> Iterator[str]:
+    kind = (cfg.get("checkpoint_config") or {}).get("type", "CheckpointHook")
+    if class_of({"type": kind}) is not CheckpointHook:
+        yield f"checkpoint_config.type = {kind!r}: allowed: CheckpointHook, or left out"
+
+
+def refuse_own_steps(detector: nn.Module, half: bool) -> None:
+    """Raise ConfigError for a detector of which something else would be trained than its own code says."""
+    kind = type(detector)
+    for step in ("train_step", "val_step"):
+        if getattr(kind, step, None) is not getattr(BaseDetector, step):
+            raise ConfigError(
+                f"{kind.__name__} has a {step} of its own, which would not be called: DeepSpeed's engine calls forward, and "
+                "what is trained is the sum of the losses that forward_train returns"
+            )
+    teacher = getattr(detector, "teacher_model", None)
+    if half and isinstance(teacher, nn.Module) and teacher not in detector.children():
+        raise ConfigError(
+            f"{kind.__name__} in half precision: its teacher is no submodule, stays in float32 and cannot take the images; "
+            "train it in float32"
+        )
 
 
 def _bad_updates(cfg: Config) -> Iterator[str]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmcv.parallel import MODULE_WRAPPERS
-from mmcv.parallel.scatter_gather import scatter_kwargs
+from mmcv.parallel import MODULE_WRAPPERS, DataContainer
 from torch import nn
 
 from agvm_ds.mmdet.losses import parse_losses
@@ -16,11 +15,29 @@ from agvm_ds.mmdet.signals import RankWatch
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """A collated batch with its DataContainers opened and its tensors on the device (mmcv's -1 is the CPU)."""
+    """A collated batch with its DataContainers opened and its tensors on the device, as mmcv's ``scatter`` does it.
+
+    That one asks torch for a stream in a way that torch 2 no longer has, so it works on a CPU alone.
+    """
+    return {key: _opened(value, torch.device(device)) for key, value in batch.items()}
+
+
+def _opened(value: Any, device: torch.device) -> Any:
+    if isinstance(value, DataContainer):  # holds a list, an entry for each device of a process: here it has one
+        return value.data[0] if value.cpu_only else _opened(value.data[0], device)
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _opened(one, device) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_opened(one, device) for one in value]
+    return value
+
+
+def put_on(detector: nn.Module, device: torch.device | str) -> nn.Module:
+    """The detector on a device. mmdet's distillation moves its teacher, which is no submodule, in ``cuda()`` alone."""
     device = torch.device(device)
-    index = -1 if device.type == "cpu" else device.index or 0
-    _, kwargs = scatter_kwargs((), dict(batch), [index])
-    return dict(kwargs[0])
+    return detector.cuda(device) if device.type == "cuda" else detector.to(device)
 
 
 @MODULE_WRAPPERS.register_module()
@@ -45,6 +62,8 @@ class EngineModel(nn.Module):
         self.watch = watch
         self.stops = stops
         self.CLASSES = getattr(engine.module, "CLASSES", None)
+        # As DDP has it: mmcv's log puts the ranks' memory there before it reduces it. None is the CPU.
+        self.output_device = None if torch.device(engine.device).type == "cpu" else engine.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The detector's own forward."""

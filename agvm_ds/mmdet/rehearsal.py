@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
@@ -106,29 +107,39 @@ def _range(values: list[Any]) -> str:
 def rate_rows(runner: Any, cfg: Config, updates: int) -> Iterator[tuple[str, str]]:
     """The rate that mmcv's schedule gives at some updates."""
     hook = next((hook for hook in runner._hooks if isinstance(hook, LrUpdaterHook)), None)
-    base = float(runner.optimizer.param_groups[0]["initial_lr"])
+    first = dict(runner.optimizer.param_groups[0])
     if hook is None:
-        yield "0", f"{base:.4g}, the DeepSpeed JSON's scheduler acts"
+        yield "0", f"{float(first['initial_lr']):.4g}, the DeepSpeed JSON's scheduler acts"
         return
     per_epoch = runner.updates_per_epoch or updates
     warm_up = warm_up_updates(cfg, per_epoch)
+    # What hooks look at; a copy is begun, for some keep what they find then.
+    seen = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=[first]),
+        data_loader=range(per_epoch),
+        max_iters=updates,
+        max_epochs=max(updates // per_epoch, 1),
+    )
+    hook = copy.deepcopy(hook)
+    hook.before_run(seen)
     spread = [round(k * (updates - 1) / (MILESTONES - 1)) for k in range(MILESTONES)]
     steps = (cfg.lr_config or {}).get("step") or []
     steps = [steps] if isinstance(steps, int) else steps
     falls = [step * (per_epoch if hook.by_epoch else 1) for step in steps]
     for update in sorted({t for t in (*spread, warm_up, *falls) if 0 <= t < updates}):
-        yield f"{update:,}", f"{rate_at(hook, base, update, per_epoch, updates, warm_up):.4g}"
+        seen.iter, seen.epoch = update, update // per_epoch
+        yield f"{update:,}", f"{_rate(hook, seen, warm_up):.4g}"
 
 
-def rate_at(hook: Any, base: float, update: int, per_epoch: int, updates: int, warm_up: int) -> float:
-    """mmcv's rate in an update."""
-    seen = SimpleNamespace(
-        iter=update, epoch=update // per_epoch, max_iters=updates, max_epochs=max(updates // per_epoch, 1)
-    )
-    regular = float(hook.get_lr(seen, base))
+def _rate(hook: Any, seen: Any, warm_up: int) -> float:
+    """mmcv's in update ``seen.iter``."""
+    update = seen.iter
+    if hook.warmup is not None:
+        hook.warmup_iters = warm_up
+    regular = float(hook.get_lr(seen, hook.base_lr[0]))
     if hook.warmup is None or update >= warm_up:
         return regular
-    hook.regular_lr, hook.warmup_iters = [regular], warm_up
+    hook.regular_lr = [regular]
     return float(hook.get_warmup_lr(update)[0])
 
 

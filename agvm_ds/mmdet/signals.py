@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -181,15 +182,15 @@ def shield_workers(loader: Any) -> None:
 
     They still end when their own rank says so, which is how Python ends them with it.
     """
-    initialize = loader.worker_init_fn
+    loader.worker_init_fn = partial(_shielded, loader.worker_init_fn)
 
-    def shielded(worker: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
-        if initialize is not None:
-            initialize(worker)
 
-    loader.worker_init_fn = shielded
+def _shielded(initialize: Callable[[int], None] | None, worker: int) -> None:
+    """In a worker, which a config may want to be spawned: what it begins with is pickled."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+    if initialize is not None:
+        initialize(worker)
 
 
 def _end_by(parent: int) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import mmcv
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from mmcv import Config
-from mmcv.runner import build_runner
+from mmcv.runner import HOOKS, build_runner
 from mmdet import __version__ as mmdet_version
 from mmdet.datasets import NumClassCheckHook
 from mmdet.utils import get_root_logger
@@ -30,12 +31,12 @@ from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
-from agvm_ds.mmdet.ema import engine_hooks
+from agvm_ds.mmdet.custom_hooks import engine_hook, engine_hooks
 from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.hooks import AGVMLogHook, EngineCheckpointHook, EngineEvalHook, ThroughputHook
-from agvm_ds.mmdet.limits import refuse_unsupported
-from agvm_ds.mmdet.model import EngineModel
+from agvm_ds.mmdet.hooks import AGVMLogHook, EngineEvalHook, ThroughputHook
+from agvm_ds.mmdet.limits import refuse_own_steps, refuse_unsupported
+from agvm_ds.mmdet.model import EngineModel, put_on
 from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
 from agvm_ds.mmdet.outputs import make_folder
 from agvm_ds.mmdet.plan import Plan, make_plan
@@ -105,6 +106,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     with waiting("building the detector and its first weights"):
         detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
+    refuse_own_steps(detector, bool(plan.half))
     setup = optimizer.build(detector, cfg, plan)
     # Before ZeRO cuts the parameters.
     modules = list(rehearsal.module_rows(detector, setup.groups)) if options.dry_run else []
@@ -114,6 +116,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         plan.deepspeed = rehearsal.without_monitors(plan.deepspeed)
     else:
         plan.notes += fit_storage(plan.deepspeed, work_dir)
+    put_on(detector, get_accelerator().current_device_name())
     with waiting(f"DeepSpeed takes the detector (ZeRO stage {stage_of(plan)}; it may compile kernels the first time)"):
         engine, *_ = agvm_ds.initialize(
             model=detector, optimizer=setup.optimizer, model_parameters=setup.groups, config=plan.deepspeed
@@ -171,7 +174,7 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     if options.keep is not None:
         cfg.checkpoint_config = {**(cfg.get("checkpoint_config") or {}), "max_keep_ckpts": options.keep}
     cfg.load_from = options.load_from or cfg.get("load_from")
-    if cfg.load_from and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
+    if cfg.load_from and not options.resume and "://" not in cfg.load_from and not Path(cfg.load_from).is_file():
         raise HostError(f"{'--load-from' if options.load_from else 'load_from'}: not found: {cfg.load_from}")
     if not options.dry_run:
         make_folder("--work-dir", work_dir)
@@ -200,7 +203,7 @@ def make_detector(cfg: Config, plan: Plan, classes: Any, options: TrainOptions) 
     init_weights(detector, options.trust_checkpoint)
     quiet.setLevel(level)
     detector.CLASSES = classes
-    if cfg.load_from:
+    if cfg.load_from and not options.resume:
         provide({cfg.load_from: "load_from"})
         load_weights(detector, cfg.load_from, get_root_logger(), options.trust_checkpoint)
     if plan.half:
@@ -245,19 +248,16 @@ def make_runner(
         },
     )
     runner.timestamp = cfg.timestamp
-    with blamed("lr_config, log_config, momentum_config or custom_hooks"):
+    with blamed("lr_config, log_config, momentum_config, checkpoint_config or custom_hooks"):
+        # DeepSpeed's engine.step() is the optimizer hook
         runner.register_training_hooks(
-            cfg.get("lr_config"),
-            None,  # DeepSpeed's engine.step() is the optimizer hook
-            None,
-            cfg.get("log_config"),
-            cfg.get("momentum_config"),
-            custom_hooks_config=engine_hooks(cfg.get("custom_hooks")),
+            cfg.get("lr_config"), None, None, cfg.get("log_config"), cfg.get("momentum_config")
         )
-    if cfg.get("checkpoint_config"):
-        settings = {"by_epoch": kind == "EpochBasedRunner", **cfg.checkpoint_config}
-        runner.register_hook(EngineCheckpointHook(**settings), priority="NORMAL")
-    runner.register_hook(AGVMLogHook(engine), priority="NORMAL")
+        if cfg.get("checkpoint_config"):
+            settings = {"by_epoch": kind == "EpochBasedRunner", "type": "CheckpointHook", **cfg.checkpoint_config}
+            runner.register_hook(mmcv.build_from_cfg(engine_hook(settings), HOOKS), priority="NORMAL")
+        runner.register_hook(AGVMLogHook(engine), priority="NORMAL")
+        runner.register_custom_hooks(engine_hooks(cfg.get("custom_hooks")))  # after the others, as mmcv has them
     if kind == "EpochBasedRunner":
         runner.register_hook(mmcv.runner.DistSamplerSeedHook())
     return runner

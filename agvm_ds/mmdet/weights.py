@@ -135,6 +135,7 @@ def publish(weights: StateDict, meta: Mapping[str, Any], path: Path, link: str |
     Raises NotWrittenError.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # an out_dir of checkpoint_config
         with written_whole(path) as file:
             torch.save({"meta": dict(meta), "state_dict": weights}, file)
     except (OSError, RuntimeError) as error:

@@ -142,8 +142,10 @@ def test_sigterm_after_a_death_ends_a_rank_that_waits_in_a_collective(tmp_path: 
     assert "rank 1 has died" in (tmp_path / "told").read_text()
 
 
-def test_data_workers_outlive_the_launchers_sigterm_and_end_with_their_rank() -> None:
-    loader = DataLoader(range(100), num_workers=1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_workers_outlive_the_launchers_sigterm_and_end_with_their_rank(method: str) -> None:
+    """mmdet's ``mp_start_method`` says how they start."""
+    loader = DataLoader(range(100), num_workers=1, multiprocessing_context=method)  # type: ignore[arg-type]
     shield_workers(loader)
     items = iter(loader)
     assert next(items).item() == 0

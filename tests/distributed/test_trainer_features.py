@@ -19,7 +19,7 @@ from tests.trainer import Outcome, launch, logged, write_config, write_json
 
 FEATURES = """
 custom_imports = dict(imports=["tests.own_hooks"])
-custom_hooks = [dict(type="NumClassCheckHook"), dict(type="Seen"), {hook}]
+custom_hooks = [dict(type="NumClassCheckHook"), dict(type="Seen"), dict(type="Published"), {hook}]
 
 train_pipeline[2] = dict(type="Resize", img_scale=[(64, 64), (96, 96)], multiscale_mode="range", keep_ratio=True)
 half = dict(data["train"], ann_file={digits!r} + "/annotations/train.json", img_prefix={digits!r} + "/train/")

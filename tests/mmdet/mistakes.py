@@ -177,6 +177,13 @@ CONFIG = {
         config="optimizer_config = dict(grad_clip=dict(max_norm=1, norm_type=1))",
     ),
     "config: no optimizer": bad("names an optimizer", config="del optimizer"),
+    "config: derived hook": bad(
+        "custom hook Mine: saves or averages weights",
+        config="from mmcv.runner import CheckpointHook\nclass Mine(CheckpointHook): pass\ncustom_hooks = [dict(type=Mine)]",
+    ),
+    "config: checkpoint hook": bad(
+        "checkpoint_config.type = 'EMAHook': allowed: CheckpointHook", config='checkpoint_config["type"] = "EMAHook"'
+    ),
     "config: hook": bad("custom_hooks: 5 is no dict with a type", config="custom_hooks = [5]"),
     "config: micro-batch 0": bad("data.samples_per_gpu = 0", config='data["samples_per_gpu"] = 0'),
     "config: workers": bad("data.workers_per_gpu = -1", config='data["workers_per_gpu"] = -1'),

@@ -131,3 +131,17 @@ def test_sets_that_mmdet_cannot_evaluate_together_are_refused(tmp_path: Path) ->
     cfg.data.val = {"type": "ConcatDataset", "datasets": [one, one], "separate_eval": False}
     with pytest.raises(ConfigError, match="data: cannot be built: NotImplementedError: Evaluating concatenated"):
         data.test_loader(cfg)
+
+
+def test_a_loader_to_evaluate_by_may_name_what_mmdet_sets_and_not_change_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(data, "build_dataloader", lambda _, **options: asked.append(options))
+    monkeypatch.setattr(data, "_built", lambda *_: None)
+    cfg = read_config(None, {"data.val_dataloader": {"shuffle": False, "samples_per_gpu": 1, "dist": False}})
+    data.test_loader(cfg)
+    assert asked[0]["shuffle"] is False and asked[0]["dist"] is True
+    cfg = read_config(None, {"data.test_dataloader": {"shuffle": True}})
+    with pytest.raises(ConfigError, match=r"data.test_dataloader.shuffle = True"):
+        data.test_loader(cfg, "test")

@@ -17,6 +17,7 @@ from torch import nn
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet import hooks
+from agvm_ds.mmdet.evaluate import Metrics
 from agvm_ds.mmdet.hooks import EngineEvalHook
 
 EPOCHS = 6
@@ -115,7 +116,7 @@ def test_the_best_checkpoint_is_mmdets(name: str, tmp_path: Path) -> None:
 
 def test_rank_0_alone_removes_the_best_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks that remove one file are a race."""
-    scores = iter([{"bbox_mAP": 0.1}, {"bbox_mAP": 0.2}])
+    scores = iter([Metrics({"bbox_mAP": 0.1}), Metrics({"bbox_mAP": 0.2})])
     monkeypatch.setattr(hooks, "broadcast_object", lambda value: next(scores))
     loader: Any = torch.utils.data.DataLoader(Scored("bbox_mAP", []))
     hook = Engine(loader, save_best="bbox_mAP", detector=nn.Identity(), engine=SimpleNamespace(global_steps=0))
@@ -126,6 +127,30 @@ def test_rank_0_alone_removes_the_best_before(tmp_path: Path, monkeypatch: pytes
         hook.after_train_epoch(runner)
     assert runner.meta["hook_msgs"]["best_score"] == 0.2
     assert [path.name for path in sorted(tmp_path.glob("other/*"))] == [f"best_bbox_mAP_epoch_{n}.pth" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("key", ["auto", "bbox_AP"])
+def test_an_evaluation_without_detections_has_no_score_yet(key: str, tmp_path: Path) -> None:
+    """Its zeros have the names of COCO's, which are not those of every data set, nor all of COCO's."""
+    data = Scored("bbox_AP", [0.3])
+    evaluations = iter([{}, {"bbox_AP": 0.3}])
+    data.evaluate = lambda *_, **__: next(evaluations)  # type: ignore[method-assign]
+    loader: Any = torch.utils.data.DataLoader(data)
+    hook = Engine(
+        loader,
+        save_best=key,
+        rule="greater",
+        metric="bbox",
+        detector=nn.Identity(),
+        engine=SimpleNamespace(global_steps=0),
+    )
+    runner = Runner(tmp_path / "run", {})
+    hook.before_run(runner)
+    hook.after_train_epoch(runner)
+    assert not list(tmp_path.glob("run/*.pth")) and runner.log_buffer.output["bbox_mAP"] == 0
+    runner.epoch = 1
+    hook.after_train_epoch(runner)
+    assert [path.name for path in tmp_path.glob("run/*.pth")] == ["best_bbox_AP_epoch_2.pth"]
 
 
 def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:

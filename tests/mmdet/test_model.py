@@ -12,7 +12,7 @@ from mmdet.core.hook import CheckInvalidLossHook
 from torch import nn
 
 from agvm_ds.mmdet import model
-from agvm_ds.mmdet.model import _merge, to_device
+from agvm_ds.mmdet.model import _merge, put_on, to_device
 
 
 def output(loss: float, samples: int, **log_vars: float) -> dict[str, Any]:
@@ -66,3 +66,42 @@ def test_a_batch_is_opened_for_the_cpu_without_a_copy() -> None:
     opened = to_device(batch, "cpu")
     assert opened["img"].data_ptr() == images.data_ptr()
     assert [one.data_ptr() for one in opened["gt_bboxes"]] == [one.data_ptr() for one in boxes]
+
+
+def test_a_batch_goes_to_the_device_but_for_what_stays_on_the_cpu() -> None:
+    """The meta device stands for any that is no CPU."""
+    kept = torch.ones(2)
+    batch = {
+        "img": DataContainer([torch.ones(2, 3)], stack=True),
+        "gt_bboxes": DataContainer([[torch.ones(1, 4), torch.ones(2, 4)]]),
+        "img_metas": DataContainer([[{"kept": kept}]], cpu_only=True),
+        "tested": [torch.ones(1), DataContainer([[torch.ones(1)]])],
+        "number": 3,
+    }
+    found = to_device(batch, torch.device("meta"))
+    tensors = [found["img"], *found["gt_bboxes"], found["tested"][0], *found["tested"][1]]
+    assert [one.device.type for one in tensors] == ["meta"] * 5
+    assert found["img_metas"] == [{"kept": kept}] and kept.device.type == "cpu" and found["number"] == 3
+    assert [len(boxes) for boxes in to_device(batch, "cpu")["gt_bboxes"]] == [1, 2]
+
+
+class Taught(nn.Linear):
+    """A teacher that is no submodule, as mmdet's distillation has it."""
+
+    def cuda(self, device: Any = None) -> Any:
+        self.moved = device
+        return self
+
+
+def test_a_teacher_is_taken_along_to_a_gpu() -> None:
+    taught = Taught(1, 1)
+    assert put_on(taught, "cpu") is taught and not hasattr(taught, "moved")
+    assert put_on(taught, "cuda:1") is taught and taught.moved == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", "cuda:1"), ("cpu", None)])
+def test_mmcvs_log_finds_the_device_on_which_ranks_share_numbers(device: str, expected: str | None) -> None:
+    """As DDP has it: NCCL reduces no CPU tensor."""
+    engine: Any = SimpleNamespace(module=nn.Linear(1, 1), device=torch.device(device))
+    found = model.EngineModel(engine, None).output_device  # type: ignore[arg-type]
+    assert found == (None if expected is None else torch.device(expected))

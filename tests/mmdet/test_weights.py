@@ -91,3 +91,9 @@ def test_a_full_disk_leaves_the_pth_before_and_no_draft(tmp_path: Path) -> None:
         publish({"x": torch.zeros(10000)}, {}, tmp_path / "latest.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["latest.pth"]
     assert (tmp_path / "latest.pth").read_text() == "the one before"
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
+    """``checkpoint_config.out_dir`` has, as in mmcv, a folder of the work dir's name in it."""
+    publish({}, {}, tmp_path / "out/run/epoch_1.pth")
+    assert torch.load(tmp_path / "out/run/epoch_1.pth", weights_only=True) == {"meta": {}, "state_dict": {}}

@@ -30,6 +30,8 @@ from agvm_ds.mmdet.testing.metrics import unknown_metrics, wanted_metrics
 SPLITS = ("train", "val", "test")
 FILES = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")
 """Keys of a data set config that name files or folders, one or a list."""
+READERS = {"img_prefix": ("LoadImageFromFile",), "seg_prefix": ("LoadAnnotations", "LoadPanopticAnnotations")}
+"""Folder -> the steps of a pipeline that read files in it, from a disk or elsewhere."""
 _LVIS = (LVISV05Dataset, LVISV1Dataset)
 
 
@@ -55,8 +57,7 @@ class Source:
     @property
     def loader(self) -> Mapping[str, Any]:
         """The pipeline's step that reads images."""
-        steps = self.node.get("pipeline") or []
-        return next((step for step in steps if str(step.get("type")).startswith("LoadImageFromFile")), {})
+        return _step(self.node, READERS["img_prefix"])
 
     @property
     def images(self) -> list[Image]:
@@ -148,9 +149,15 @@ def check_on_hosts(
 def _missing(node: Mapping[str, Any], where: str) -> Iterator[str]:
     """ "where: not found: path" for each missing file of a data set config."""
     for key in FILES if _on_disk(node) else ():
-        for path in _paths(node, key):
+        for path in _paths(node, key) if _on_disk(_step(node, READERS.get(key, ()))) else ():
             if not path.exists():
                 yield f"{where}.{key}: not found: {path}"
+
+
+def _step(node: Mapping[str, Any], kinds: tuple[str, ...]) -> Mapping[str, Any]:
+    """The first step of a data set's pipeline whose type begins so; nothing when there is none."""
+    steps = node.get("pipeline") or []
+    return next((step for step in steps if str(step.get("type")).startswith(kinds)), {})
 
 
 def _paths(node: Mapping[str, Any], key: str) -> list[Path]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,11 +58,13 @@ class NamingCompose(Compose):  # type: ignore[misc]
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """Raise ImageError for whatever goes wrong."""
-        path = os.path.join(data.get("img_prefix") or "", str(data["img_info"].get("filename")))
+        folder, info = data.get("img_prefix") or "", data.get("img_info")  # before the steps, which may change them
         try:
             return super().__call__(data)
         except Exception as error:  # a pipeline is any code
-            raise ImageError(_said(path, error)) from error
+            if not isinstance(info, Mapping):
+                raise  # a data set of its own kind
+            raise ImageError(_said(os.path.join(folder, str(info.get("filename"))), error)) from error
 
 
 def _said(path: str, error: Exception) -> str:

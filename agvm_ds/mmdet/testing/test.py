@@ -129,7 +129,7 @@ def _finish(
         files = write_formatted(options.format_only, dataset, results)
         logger.info("written: %s", ", ".join(map(str, files)))
     else:
-        found = metrics_of(dataset, results, evaluation_options(cfg, metrics), logger)
+        found = metrics_of(dataset, results, evaluation_options(cfg, metrics), logger).numbers
     if options.json is not None:
         about = {"config": options.config, "checkpoint": options.checkpoint, "images": len(results)}
         numbers = {name: value if isfinite(value) else None for name, value in found.items()}

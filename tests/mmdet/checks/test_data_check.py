@@ -86,8 +86,11 @@ def test_other_kinds_of_data_are_not_looked_through(lines: str, tmp_path: Path) 
 def test_images_elsewhere_are_not_looked_for(tmp_path: Path) -> None:
     cfg = config(tmp_path, 'train_pipeline[0]["file_client_args"] = dict(backend="petrel")')
     (tmp_path / "images/1.png").unlink()
+    cfg.data.train.img_prefix = "s3://bucket/train"
     assert check_data(cfg, ["train"]).lines() == []
     assert len(check_data(cfg, ["val"]).lines()) == 1
+    cfg.data.val.img_prefix = "s3://bucket/val"
+    assert check_data(cfg, ["val"]).lines() == ["data.val.img_prefix: not found: s3:/bucket/val"]
 
 
 def test_metrics_are_those_that_will_be_asked_for(tmp_path: Path) -> None:

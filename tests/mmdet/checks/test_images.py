@@ -131,6 +131,14 @@ def test_a_run_that_stops_at_an_image_names_it(workers: int, tmp_path: Path) -> 
     assert str(caught.value).startswith(f"{path}: {UNREADABLE}") and "Traceback" not in str(caught.value)
 
 
+def test_a_data_set_of_its_own_kind_is_left_to_itself(tmp_path: Path) -> None:
+    coco.write(tmp_path)
+    data = name_images(data_set(tmp_path, [{"type": "Collect", "keys": ["frames"], "meta_keys": []}]))
+    assert set(data.pipeline({"frames": [1, 2]})) == {"img_metas", "frames"}
+    with pytest.raises(KeyError, match="frames"):
+        data.pipeline({})
+
+
 def test_a_mistake_of_the_pipeline_is_told_with_its_place(tmp_path: Path) -> None:
     coco.write(tmp_path)
     data = name_images(data_set(tmp_path, [STEPS[0], {"type": "Collect", "keys": ["gt_boxes"], "meta_keys": []}]))
