@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +75,11 @@ class Controller:
         self._estimator = estimator_of(config, self.preconditioned, shards)
         owned = {id(owned.parameter) for owned in optimizer.owned}
         self._not_owned = [p for p in shards.engine.module.parameters() if id(p) not in owned]
-        self._observing = self._paused = False
+        self._observing = self._paused = self._broken = False
         self._micro_batches = 0
-        self._register_hooks()
+        self._seen: set[int] = set()
+        """Of ``optimizer.owned``, those that have had a gradient in this update on this rank."""
+        self._hooks = [owned.parameter.register_hook(self._hook(i, owned)) for i, owned in enumerate(optimizer.owned)]
         self.expect(0)
 
     @property
@@ -86,10 +88,6 @@ class Controller:
         return self.config.precondition == "auto" and preconditioned(self.optimizer.base)
 
     # While gradients appear
-
-    def _register_hooks(self) -> None:
-        for index, owned in enumerate(self.optimizer.owned):
-            owned.parameter.register_hook(self._hook(index, owned))
 
     def _hook(self, index: int, owned: Owned) -> Callable[[torch.Tensor], None]:
         """A gradient hook: it fires once a backward, however often the parameter was used in the forward."""
@@ -107,20 +105,34 @@ class Controller:
                     "micro-batch"
                 )
             seen = self.shards.engine.micro_steps
+            self._seen.add(index)
             self._estimator.observe(index, gradient)
 
         return hook
 
     def end_micro_batch(self) -> None:
-        """A backward is over, and DeepSpeed about to reduce what it has left; every rank calls this."""
+        """A backward is over, and DeepSpeed about to reduce what it has left."""
         if self._observing:
-            self._estimator.end_micro_batch(self.shards.engine.micro_steps % self.shards.accumulation)
+            self._estimator.end_micro_batch()
             self._micro_batches += 1
+
+    def break_off(self) -> None:
+        """A backward has failed (out of memory). Whoever catches that may go on; this update is not measured then."""
+        if self._observing:
+            self._observing, self._broken = False, True
+
+    def let_go(self) -> None:
+        """Take the gradient hooks off: the model may be given to another engine."""
+        self._observing = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def expect(self, t: int) -> None:
         """Get ready for the micro-batches of update t."""
-        self._observing = self.config.measured(t) and not self._paused
-        self._micro_batches = 0
+        self._observing = self.config.measured(t) and not self._paused and bool(self._hooks)
+        self._micro_batches, self._broken = 0, False
+        self._seen.clear()
         if self._observing:
             self._tell_frozen(t)
             self._estimator.start()
@@ -142,15 +154,43 @@ class Controller:
         """The statistics of update t and the scale factors that follow; None when t is not measured, or unusable."""
         if self._paused or not self.config.measured(t):
             return None
-        if self._micro_batches != self.shards.accumulation:
-            counts = f"{self._micro_batches} micro-batches instead of {self.shards.accumulation}"
-            self._warn_once(f"update {t}: {counts}: not measured")
+        sums = self._sums(t)
+        self._estimator.release()
+        if sums is None:
             return None
-        sums = self.shards.add_up(self._estimator.local_sums()).cpu()  # the one wait for an accelerator
         if not self._estimator.usable(sums):
             self._warn(f"update {t}: gradients, or their squares, are not finite; no scale factor changes")
             return None
         return self._judge(t, dict(zip(self.modules, self._estimator.estimates(sums), strict=True)))
+
+    def _sums(self, t: int) -> torch.Tensor | None:
+        """The estimator's numbers of all ranks; None, and a warning, where some rank has not seen the whole update.
+
+        One all-reduce, and in an update in which something is missing somewhere two more.
+        """
+        if self._broken:
+            self._estimator.refuse_broken_backward()
+        partial = self._micro_batches != self.shards.accumulation or self._broken
+        unseen = self.shards.stale and len(self._seen) < len(self.optimizer.owned)
+        sums, missing = self._added_up(self._estimator.local_sums(), [partial or unseen])
+        if missing == [0]:
+            return sums
+        flags = [partial, *(index in self._seen for index in range(len(self.optimizer.owned)))]
+        _, (partial_ranks, *seen) = self._added_up(sums.new_zeros(0), flags)
+        if partial_ranks:
+            here = f"{self._micro_batches} micro-batches of {self.shards.accumulation} on rank {self.shards.rank}"
+            others = f"{partial_ranks} of {self.shards.ranks} ranks have not seen all of it"
+            self._warn_once(f"update {t}: not measured: {others} ({here})", about="partial")
+            return None
+        absent = {index for index, ranks in enumerate(seen) if not ranks} if self.shards.stale else set()
+        return self._added_up(self._estimator.local_sums(absent), [])[0] if absent else sums
+
+    def _added_up(self, sums: torch.Tensor, flags: Sequence[bool]) -> tuple[torch.Tensor, list[int]]:
+        """Sums over the ranks, on the CPU, and how many ranks have each flag, in one all-reduce."""
+        more = torch.tensor(flags, dtype=torch.float64).to(self.shards.engine.device)
+        numbers = self.shards.add_up(torch.cat([sums.reshape(-1).to(more.device), more])).cpu()  # the one wait
+        split = sums.numel()
+        return numbers[:split].view(sums.shape), [int(number) for number in numbers[split:]]
 
     def _judge(self, t: int, found: Mapping[str, Estimate]) -> Measure:
         """Ratios and new scale factors; a module whose own variance, or the anchor's, is undefined keeps its own."""

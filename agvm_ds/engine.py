@@ -144,6 +144,7 @@ def attach(engine: Any) -> None:
             f"agvm_ds.attach: the engine's client optimizer is {type(optimizer).__name__}; it must be an agvm_ds.AGVM"
         )
     if block is not None:
+        optimizer.drop_untrained()
         refuse_unsupported(engine, block, optimizer)
     elif isinstance(optimizer, AGVM) and BLOCK not in engine._config._param_dict and engine.global_rank == 0:
         logger.warning("AGVM is off: the DeepSpeed config has no agvm block, so the AGVM optimizer steps as its base")
@@ -153,6 +154,11 @@ def attach(engine: Any) -> None:
 
 
 def _controller(engine: Any, optimizer: AGVM, block: AGVMConfig) -> Controller:
+    if engine.global_steps:
+        raise ConfigError(
+            f"agvm_ds.attach: the engine is at update {engine.global_steps} already: attach before load_checkpoint, which "
+            "then brings the scale factors"
+        )
     _restore_optimizer(engine, optimizer)
     if (warning := warning_of(optimizer.base, int(engine.zero_optimization_stage()))) and engine.global_rank == 0:
         logger.warning("AGVM: %s", warning)
@@ -162,6 +168,7 @@ def _controller(engine: Any, optimizer: AGVM, block: AGVMConfig) -> Controller:
     if engine.monitor.enabled and engine.global_rank == 0:
         controller.listeners.append(deepspeed_events(controller))
     _join_backward(engine, controller)
+    _join_destroy(engine, controller)
     _join_step(engine, controller)
     _join_checkpoints(engine, controller)
     return controller
@@ -181,15 +188,34 @@ def _restore_optimizer(engine: Any, optimizer: AGVM) -> None:
 
 
 def _join_backward(engine: Any, controller: Controller) -> None:
-    """A micro-batch ends with its backward, on every rank alike, before DeepSpeed reduces what is left."""
-    epilogue = engine._backward_epilogue
+    """A micro-batch ends with its backward, before DeepSpeed reduces what is left."""
+    backward, epilogue = engine.backward, engine._backward_epilogue
+
+    @wraps(backward)
+    def backward_or_break_off(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return backward(*args, **kwargs)
+        except Exception:
+            controller.break_off()
+            raise
 
     @wraps(epilogue)
     def backward_epilogue(*args: Any, **kwargs: Any) -> None:
         controller.end_micro_batch()
         epilogue(*args, **kwargs)
 
-    engine._backward_epilogue = backward_epilogue
+    engine.backward, engine._backward_epilogue = backward_or_break_off, backward_epilogue
+
+
+def _join_destroy(engine: Any, controller: Controller) -> None:
+    destroy = engine.destroy
+
+    @wraps(destroy)
+    def destroyed() -> None:
+        controller.let_go()
+        destroy()
+
+    engine.destroy = destroyed
 
 
 def _join_step(engine: Any, controller: Controller) -> None:

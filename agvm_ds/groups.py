@@ -44,20 +44,25 @@ def cut_groups(groups: Iterable[Mapping[str, Any]], model: nn.Module, modules: M
     """Cut any parameter groups (for example one a parameter, as ``paramwise_cfg`` makes them) along the modules.
 
     Groups of one module with equal settings are merged: each group is a flat buffer under ZeRO. Order: modules in order
-    of definition, settings as they first appear. Frozen parameters, and groups left empty, are dropped.
+    of definition, settings as they first appear. Frozen parameters, empty ones, and groups left empty, are dropped.
     """
     owner = _owners(model, modules)
     merged: dict[tuple[str, str], Group] = {}
     for group in groups:
         settings = {key: value for key, value in group.items() if key not in (PARAMS, MODULE, NAME)}
         for parameter in group[PARAMS]:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or not numel_of(parameter):
                 continue
             module = _owner_of(parameter, owner)
             key = (module, repr(sorted(settings.items())))
             merged.setdefault(key, {PARAMS: [], MODULE: module, **settings})[PARAMS].append(parameter)
     order = list(dict.fromkeys(owner.values()))
     return _named(sorted(merged.values(), key=lambda group: order.index(group[MODULE])))
+
+
+def numel_of(parameter: torch.Tensor) -> int:
+    """Elements of a whole parameter, which ZeRO-3 may have cut."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _owner_of(parameter: torch.Tensor, owner: Mapping[int, str]) -> str:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from agvm_ds.bases import problem_of
 from agvm_ds.config import ConfigError
-from agvm_ds.groups import MODULE, NAME, PARAMS
+from agvm_ds.groups import MODULE, NAME, PARAMS, numel_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class AGVM(Optimizer):
         super().__init__(groups, **options)
         if issubclass(base, torch.optim.Adagrad):
             self.state.clear()  # made for parameters that ZeRO will replace; its step makes it anew
+
+    def drop_untrained(self) -> None:
+        """Forget what DeepSpeed has left out: parameters frozen since the groups were made, and those without elements."""
+        self.owned = [one for one in self.owned if one.parameter.requires_grad and numel_of(one.parameter)]
 
     @property
     def modules(self) -> list[str]:

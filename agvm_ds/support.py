@@ -51,6 +51,11 @@ _ELSEWHERE = "gradients and optimizer state are then on disk, or with another op
 
 REFUSED = [
     Refusal("managed_gradient_accumulation", "n is not known before the update ends", lambda v: not v),
+    Refusal(
+        "gradient_allreduce_op",
+        "the gradient is then no mean of the micro-gradients",
+        lambda v: str(v).lower() != "mean",
+    ),
     Refusal("sparse_gradients", "sparse gradients have no place in a shard"),
     Refusal(f"{_ZERO}.elastic_checkpoint", 'it wants a "step" in the parameter groups, which torch\'s optimizers lack'),
     Refusal(f"{_ZERO}.zenflow", "it steps a part of the gradient, with other optimizers", lambda v: True),
@@ -86,6 +91,19 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
     except Exception as error:  # DeepSpeed checks with asserts, and takes values apart without looking
         raise ConfigError(f"DeepSpeed refuses its config: {type(error).__name__}: {error}") from error
     _refuse_scheduler(config.get("scheduler") or {})
+    if problems := _fp16_problems(config):
+        raise ConfigError(problems[0])
+
+
+def _fp16_problems(config: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed 0.19 scales the loss for its ZeRO optimizers alone, and unscales the gradient in stage 0 too."""
+    fp16, zero = config.get("fp16") or {}, config.get("zero_optimization") or {}
+    if not fp16.get("enabled") or zero.get("stage", 0):
+        return []
+    return [
+        "fp16.enabled in ZeRO stage 0: DeepSpeed 0.19 divides the gradient by a loss scale by which it has not multiplied "
+        "the loss, so that nothing is trained: use stage 1"
+    ]
 
 
 def _refuse_scheduler(block: Mapping[str, Any]) -> None:
@@ -110,7 +128,7 @@ def refuse_configuration(config: Mapping[str, Any]) -> None:
 
 def refuse_unsupported(engine: Any, config: AGVMConfig, optimizer: AGVM) -> None:
     """Raise ConfigError with everything in this engine that AGVM cannot measure exactly, all together."""
-    problems = _configuration_problems(engine._config._param_dict)
+    problems = _configuration_problems(engine._config._param_dict) + _fp16_problems(engine._config._param_dict)
     problems += _model_problems(engine, config, optimizer)
     if problem := problem_of(optimizer.base):
         problems.append(problem)
@@ -138,9 +156,27 @@ def _model_problems(engine: Any, config: AGVMConfig, optimizer: AGVM) -> list[st
         problems.append("pipeline, sequence or tensor parallelism: not supported with AGVM: not tried")
     if engine.has_moe_layers:
         problems.append("mixture-of-experts layers: not supported with AGVM: experts are averaged over other ranks")
+    if any(isinstance(module, SPARSE) and module.sparse for module in engine.module.modules()):
+        problems.append(
+            "an embedding with sparse=True: not supported with AGVM: sparse gradients have no place in a shard"
+        )
+    if _divided_only(engine):
+        problems.append(
+            f"gradient_predivide_factor = {engine.gradient_predivide_factor()} in stage 3 without reduce_scatter: DeepSpeed "
+            "0.19 divides by it, and does not multiply back when it is the number of ranks"
+        )
     if config.anchor not in optimizer.modules:
         problems.append(_anchor_problem(engine, config.anchor, optimizer.modules))
     return problems
+
+
+SPARSE = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
+
+def _divided_only(engine: Any) -> bool:
+    factor, ranks = float(engine.gradient_predivide_factor()), engine.dp_world_size
+    stage = int(engine.zero_optimization_stage())
+    return stage == 3 and factor == ranks != 1 and engine.postscale_gradients() and not engine.zero_reduce_scatter()
 
 
 def _anchor_problem(engine: Any, anchor: str, modules: list[str]) -> str:

@@ -98,6 +98,11 @@ def masters(engine: Any) -> dict[str, torch.Tensor]:
                 found[name] = deepspeed.utils.safe_get_full_fp32_param(p).clone()
     else:
         names = {id(p): name for name, p in engine.module.named_parameters()}
+        if hasattr(engine.optimizer, "fp32_groups_flat"):  # with a fused Adam
+            for halves, flat in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups_flat, strict=True):
+                parts = flat.detach().split([p.numel() for p in halves])
+                found |= {names[id(p)]: part.view(p.shape).clone() for p, part in zip(halves, parts, strict=True)}
+            return found
         for halves, fulls in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             found |= {names[id(p)]: full.detach().clone() for p, full in zip(halves, fulls, strict=True)}
     return found

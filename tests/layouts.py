@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
 from agvm_ds import AGVM, param_groups
@@ -55,11 +56,13 @@ class Run:
         groups = param_groups(model, list(self.modules) if self.modules else None)
         placed = Placed.of(model, groups)
         more = {"bf16": {"enabled": True}} if self.bf16 else {}
-        config = ds_config(self.stage, N // self.ranks, self.base, **more)
+        base = "AdamW" if self.base == "FusedAdam" else self.base
+        config = ds_config(self.stage, N // self.ranks, base, **more)
         for key, value in EXTRAS.get(self.extra, {}).items():
             config[key] = {**config[key], **value} if key in config and isinstance(value, dict) else value
         if not self.agvm:
             config["agvm"]["enabled"] = False
-        optimizer = AGVM(groups, base=getattr(torch.optim, self.base), **OPTIONS[self.base])
+        kind = FusedAdam if self.base == "FusedAdam" else getattr(torch.optim, self.base)
+        optimizer = AGVM(groups, base=kind, **OPTIONS[base])
         with started(config, model, optimizer=optimizer) as engine:
             yield engine, placed

@@ -59,7 +59,7 @@ def ordinary(seed: int) -> Iterator[float]:
 class FakeShards:
     """One process in which the sums of a measure are put in the place of the ranks'."""
 
-    ranks, rank, accumulation, micro_batches, loss_scale = 2, 0, 1, 2, 1.0
+    ranks, rank, accumulation, micro_batches, loss_scale, stale = 2, 0, 1, 2, 1.0, False
 
     def __init__(self, model: Toy, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -71,11 +71,15 @@ class FakeShards:
     def fragments(self) -> list[Any]:
         return [None for _ in self.optimizer.owned]
 
-    def pieces(self) -> list[Any]:
+    def pieces(self, absent: Any = ()) -> list[Any]:
         return []
 
+    def zeros(self) -> list[Any]:
+        return [torch.zeros(1)]
+
     def add_up(self, sums: torch.Tensor) -> torch.Tensor:
-        return self.sums.reshape(sums.shape)
+        """Behind them how many ranks miss something: none."""
+        return torch.cat([self.sums, self.sums.new_zeros(1)]) if sums.dtype == torch.float64 else sums
 
 
 def controller(base: Any = torch.optim.SGD, **block: Any) -> Controller:

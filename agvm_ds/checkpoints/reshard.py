@@ -74,6 +74,8 @@ class _Target:
             self._load_zero()
         elif hasattr(self.engine.optimizer, "fp32_groups"):
             self._load_masters()
+        elif hasattr(self.engine.optimizer, "fp32_groups_flat"):
+            self._load_flat_masters()
         else:
             self.engine.basic_optimizer.load_state_dict(self._replicated_base())
 
@@ -124,6 +126,28 @@ class _Target:
         state["fp32_groups"] = [[self.weights[next(wanted)] for _ in group] for group in state["fp32_groups"]]
         state["optimizer_state_dict"] = self._replicated_base()
         self.engine.optimizer.load_state_dict(state)
+
+    def _load_flat_masters(self) -> None:
+        """The same under a fused Adam: one flat tensor a group, of masters as of each state."""
+        state, base = self.engine.optimizer.state_dict(), self.engine.basic_optimizer.state_dict()
+        wanted, flat = iter(self.placed.names), []
+        for index, group in enumerate(self.engine.optimizer.fp16_groups):
+            names = [next(wanted) for _ in group]
+            flat.append(torch.cat([self.weights[name].reshape(-1) for name in names]))
+            if states := self._states_together(names):
+                base["state"][index] = states
+        self._set_groups(base["param_groups"])
+        self.engine.optimizer.load_state_dict({**state, "fp32_groups_flat": flat, "optimizer_state_dict": base})
+
+    def _states_together(self, names: list[str]) -> dict[str, Any]:
+        """Parameters' states one after the other; of one that has none they are zero."""
+        states = [self._state_of(name) for name in names]
+        zeros = [torch.zeros(self.weights[name].numel()) for name in names]
+        together: dict[str, Any] = {}
+        for key, value in next((state for state in states if state), {}).items():
+            parts = [state.get(key, zero) for state, zero in zip(states, zeros, strict=True)]
+            together[key] = torch.cat(parts) if is_flat(value) else value
+        return together
 
     def _replicated_base(self) -> dict[str, Any]:
         base = self.engine.basic_optimizer.state_dict()

@@ -106,13 +106,42 @@ class WholeState:
         parts = [self._model(rank)["frozen_param_fragments"][name] for rank in range(self.layout.ranks)]
         return torch.cat(parts)[: shape.numel()].view(shape)
 
-    # Stage 0: whole tensors, in the file of rank 0
+    # Stage 0: whole tensors, in the file of rank 0; under a fused Adam in half precision one flat one a group
 
     def _replicated_state(self, index: int) -> dict[str, Any]:
+        if self._flat is not None:
+            group, here = self._places[index]
+            state = self.base["state"].get(group, {})
+            return {
+                key: value.view(-1)[here] if is_flat(value) else copy.deepcopy(value) for key, value in state.items()
+            }
         return {
-            key: value.reshape(-1) if key in self._elementwise else value
+            key: value.reshape(-1) if key in self._elementwise else self._count(index, key)
             for key, value in self.base["state"].get(index, {}).items()
         }
+
+    def _count(self, index: int, key: str) -> Any:
+        """DeepSpeed's FusedAdam counts steps with the last parameter of each group alone."""
+        if self.layout.optimizer != "FusedAdam":
+            return self.base["state"][index][key]
+        group = [i for i, one in enumerate(self.layout.group_of) if one == self.layout.group_of[index]]
+        return max(self.base["state"][i][key] for i in group if i in self.base["state"])
+
+    @cached_property
+    def _flat(self) -> list[torch.Tensor] | None:
+        found: list[torch.Tensor] | None = (self.common["optimizer"] or {}).get("fp32_groups_flat")
+        return found
+
+    @cached_property
+    def _places(self) -> list[tuple[int, slice]]:
+        """For each parameter its group, and where it is in the flat tensor."""
+        ends: dict[int, int] = {}
+        shapes, found = self._shapes(), []
+        for name, group in zip(self.layout.parameters, self.layout.group_of, strict=True):
+            start = ends.get(group, 0)
+            ends[group] = start + shapes[name].numel()
+            found.append((group, slice(start, ends[group])))
+        return found
 
     @cached_property
     def _elementwise(self) -> set[str]:
@@ -120,6 +149,9 @@ class WholeState:
         return {key for state in self.base["state"].values() for key, value in state.items() if is_flat(value)}
 
     def _replicated_fp32(self, index: int) -> torch.Tensor:
+        if self._flat is not None:
+            group, here = self._places[index]
+            return self._flat[group].view(-1)[here]
         masters = self.common["optimizer"].get("fp32_groups")
         if masters is None:
             return self.common["module"][self.layout.parameters[index]].reshape(-1)

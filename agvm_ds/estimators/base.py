@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from agvm_ds.shards import OwnerReduction, Piece, Shards, chunk_of
 
@@ -14,6 +18,22 @@ from agvm_ds.shards import OwnerReduction, Piece, Shards, chunk_of
 def square_norm(chunk: torch.Tensor) -> torch.Tensor:
     """|chunk|^2 as a float64 scalar. On a CPU torch makes a float64 copy for it: see in_chunks."""
     return torch.linalg.vector_norm(chunk, dtype=torch.float64).square()
+
+
+@contextmanager
+def in_stream(stream: Any, gradient: torch.Tensor) -> Iterator[None]:
+    """What a gradient's hook does within, it does in this stream of an accelerator, once the gradient is there.
+
+    autograd may run hooks in several streams; what they share must be in one.
+    """
+    accelerator = get_accelerator()
+    if accelerator.resolves_data_dependency() or accelerator.current_stream() == stream:
+        yield
+        return
+    stream.wait_stream(accelerator.current_stream())
+    gradient.record_stream(stream)
+    with accelerator.stream(stream):
+        yield
 
 
 class ModuleSums:
@@ -106,12 +126,21 @@ class Estimator(ABC):
     def observe(self, index: int, gradient: torch.Tensor) -> None:
         """Take in a parameter's gradient of one micro-batch, as the backward produces it (index in ``optimizer.owned``)."""
 
-    def end_micro_batch(self, step: int) -> None:  # noqa: B027 - most have nothing to do
-        """The backward of accumulation step ``step`` is over; every rank calls this at the same point."""
+    def end_micro_batch(self) -> None:  # noqa: B027 - most have nothing to do
+        """A micro-batch's backward is over."""
+
+    def refuse_broken_backward(self) -> None:  # noqa: B027
+        """Raise RuntimeError when the ranks cannot go on after a backward that broke off on this one."""
+
+    def release(self) -> None:  # noqa: B027
+        """Give back what was kept for ``local_sums``."""
 
     @abstractmethod
-    def local_sums(self) -> torch.Tensor:
-        """This rank's float64 numbers, to be added up over the ranks; called once the gradients are averaged."""
+    def local_sums(self, absent: Collection[int] = ()) -> torch.Tensor:
+        """This rank's float64 numbers, to be added up over the ranks, once the gradients are averaged; every rank calls it.
+
+        absent: see ``Shards.pieces``.
+        """
 
     @abstractmethod
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
@@ -131,11 +160,7 @@ class Estimator(ABC):
 
 
 class ElementwiseEstimator(Estimator):
-    """An estimator that also needs one elementwise quantity, added up at the owners of the elements.
-
-    It counts the local gradients of each module too: where no rank had any, what DeepSpeed shows as the averaged gradient
-    may be an earlier update's, and the variance is undefined.
-    """
+    """An estimator that also needs one elementwise quantity, added up at the owners of the elements."""
 
     rows: int
     """Sums a module."""
@@ -143,35 +168,46 @@ class ElementwiseEstimator(Estimator):
     def __init__(self, shards: Shards, bucket_size: int) -> None:
         super().__init__(shards)
         self.reduction = OwnerReduction(shards, bucket_size)
-        self._seen = [0] * len(self.modules)
+        self.micro_batches_done = 0
 
     def start(self) -> None:
         self.reduction.start()
-        self._seen = [0] * len(self.modules)
+        self.micro_batches_done = 0
+        self._stream = get_accelerator().current_stream()
 
     def observe(self, index: int, gradient: torch.Tensor) -> None:
-        self.contribute(self.reduction.slot(index), gradient.detach().reshape(-1).float())
-        self._seen[self._module[index]] += 1
-        self.reduction.arrived(index)
+        with in_stream(self._stream, gradient):
+            self.contribute(self.reduction.slot(index), gradient.detach().reshape(-1).float())
+            self.reduction.arrived(index)
 
-    def end_micro_batch(self, step: int) -> None:
-        self.reduction.end_micro_batch(last=step == self.shards.accumulation - 1)
+    def end_micro_batch(self) -> None:
+        self.reduction.end_micro_batch()
+        self.micro_batches_done += 1
 
-    def local_sums(self) -> torch.Tensor:
-        """Shape (2 + rows, modules): how often a gradient was seen, |G|^2 and the ``rows`` sums over the local shard."""
+    def refuse_broken_backward(self) -> None:
+        if self.reduction.waits:
+            raise RuntimeError(
+                "AGVM: a backward has failed on this rank, while others wait for it in theirs to reduce their buckets: an "
+                "agvm.reduce_bucket_size that takes the whole model leaves such an update unmeasured instead"
+            )
+
+    def release(self) -> None:
+        self.reduction.stop()
+
+    def local_sums(self, absent: Collection[int] = ()) -> torch.Tensor:
+        """Shape (1 + rows, modules): |G|^2 and the ``rows`` sums over the local shard."""
+        self.reduction.finish()
         found = self.module_sums(1 + self.rows)
-        for piece in self.shards.pieces():
+        for piece in self.shards.pieces(absent):
             column = torch.cat([square_norm(piece.gradient).reshape(1), self.sums_of(piece)])
             found.add(self._index[piece.module], column)
-        self.reduction.stop()
-        sums = found.total()
-        return torch.cat([torch.tensor([self._seen], dtype=sums.dtype, device=sums.device), sums])
+        return found.total()
 
     def estimates(self, sums: torch.Tensor) -> list[Estimate]:
-        return [self.estimate(*rest) if seen else Estimate(math.nan) for seen, _, *rest in sums.T.tolist()]
+        return [self.estimate(*rest) for _, *rest in sums.T.tolist()]
 
     def squares(self, sums: torch.Tensor) -> torch.Tensor:
-        return sums[1]
+        return sums[0]
 
     @abstractmethod
     def contribute(self, slot: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from agvm_ds.estimators.base import ElementwiseEstimator, Estimate, Estimator
@@ -28,13 +30,13 @@ class Pairwise(Estimator):
     def observe(self, index: int, gradient: torch.Tensor) -> None:
         self._s2.of(self._module[index], gradient)
 
-    def end_micro_batch(self, step: int) -> None:
+    def end_micro_batch(self) -> None:
         self._s2.total()
 
-    def local_sums(self) -> torch.Tensor:
+    def local_sums(self, absent: Collection[int] = ()) -> torch.Tensor:
         """Shape (2, modules): S2 / accumulation^2 of the local micro-batches, and G2 of the local shards."""
         g2 = self.square_norms()
-        for piece in self.shards.pieces():
+        for piece in self.shards.pieces(absent):
             g2.of(self._index[piece.module], piece.gradient)
         return torch.cat([self._s2.total(), g2.total()])
 

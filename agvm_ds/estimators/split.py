@@ -33,7 +33,7 @@ class Split(ElementwiseEstimator):
     def _in_a(self) -> bool:
         if self.shards.ranks > 1:
             return self.shards.rank < self.shards.ranks // 2
-        return self.shards.engine.micro_steps % self.shards.accumulation < self.a
+        return self.micro_batches_done < self.a
 
     def contribute(self, slot: torch.Tensor, gradient: torch.Tensor) -> None:
         accumulation = self.shards.accumulation

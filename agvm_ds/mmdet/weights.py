@@ -19,6 +19,7 @@ from torch import nn
 from agvm_ds.checkpoints import NotWrittenError, any_pickle, weights_only
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.outputs import written_whole
+from agvm_ds.shards import masters_beside
 
 StateDict = dict[str, torch.Tensor]
 
@@ -72,11 +73,15 @@ def _master(engine: Any, parameter: nn.Parameter, masters: Mapping[int, torch.Te
 
 def _unfused_masters(engine: Any) -> dict[int, torch.Tensor]:
     """Stage 0 in half precision: DeepSpeed keeps whole fp32 copies beside the parameters."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization() or not hasattr(optimizer, "fp32_groups"):
+    if engine.zero_optimization():
         return {}
-    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return {id(p): master for half, full in pairs for p, master in zip(half, full, strict=True)}
+    beside = masters_beside(engine.optimizer)
+    found = {}
+    for parameter in engine.module.parameters():
+        if id(parameter) in beside:
+            master, start = beside[id(parameter)]
+            found[id(parameter)] = master.reshape(-1)[start : start + parameter.numel()].view(parameter.shape)
+    return found
 
 
 def load_weights(

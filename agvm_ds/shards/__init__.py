@@ -8,7 +8,7 @@ from agvm_ds.optimizer import AGVM
 from agvm_ds.shards.base import Fragment, Piece, ShardError, Shards, chunk_of, in_chunks
 from agvm_ds.shards.partitioned import Bf16Gradients, PartitionedGradients
 from agvm_ds.shards.reduction import OwnerReduction
-from agvm_ds.shards.replicated import ReplicatedGradients
+from agvm_ds.shards.replicated import ReplicatedGradients, masters_beside
 from agvm_ds.shards.whole import cut, gathered
 from agvm_ds.shards.zero3 import PartitionedParameters
 
@@ -30,6 +30,7 @@ __all__ = [
     "cut",
     "gathered",
     "in_chunks",
+    "masters_beside",
     "shards_of",
 ]
 

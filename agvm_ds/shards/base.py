@@ -9,7 +9,7 @@ an error, never a zero.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,11 +55,6 @@ def in_chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _together(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def numel_of(parameter: torch.Tensor) -> int:
-    """Elements of a whole parameter, which stage 3 may have cut."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 @dataclass(frozen=True)
@@ -139,9 +134,16 @@ class Shards(ABC):
         comm.all_reduce(sums, group=self.group)
         return sums
 
+    stale = False
+    """Whether a parameter without a gradient in this update may still show an earlier update's."""
+
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """This rank's shard of the averaged gradient. Raises ShardError when a part is missing."""
+    def pieces(self, absent: Collection[int] = ()) -> Iterator[Piece]:
+        """This rank's shard of the averaged gradient. Raises ShardError when a part is missing.
+
+        absent: indices of ``optimizer.owned`` that had no gradient in this update on any rank: theirs is zero, whatever a
+        stale shard shows.
+        """
 
     @abstractmethod
     def fragments(self) -> list[Fragment | None]:
@@ -172,12 +174,21 @@ class Shards(ABC):
 class FlatShards(Shards):
     """ZeRO: a rank's part of each flat buffer is one fp32 partition, with the optimizer's state of the same layout."""
 
-    def pieces(self) -> Iterator[Piece]:
+    @property
+    def stale(self) -> bool:  # type: ignore[override]
+        """ZeRO-Offload's gradients on the host are written over, never cleared."""
+        return self.offloaded
+
+    def pieces(self, absent: Collection[int] = ()) -> Iterator[Piece]:
+        holes = [fragment for index in absent if (fragment := self.fragments()[index]) is not None]
         if self.offloaded:
             get_accelerator().synchronize()  # the copies to the host are not waited for before the step
         for buffer, (group, partition) in enumerate(zip(self.group_indices(), self.partitions(), strict=True)):
             module, start = self.optimizer.param_groups[group][MODULE], 0
-            for gradient in in_chunks(self._checked(module, buffer, partition)):
+            gradients = self._checked(module, buffer, partition)
+            if mine := [hole for hole in holes if hole.buffer == buffer]:
+                gradients = [_cleared(gradients, mine)]
+            for gradient in in_chunks(gradients):
                 yield Piece(group, module, buffer, start, gradient)
                 start += gradient.numel()
 
@@ -223,6 +234,14 @@ class FlatShards(Shards):
     @abstractmethod
     def partitions(self) -> list[torch.Tensor]:
         """For each flat buffer, this rank's fp32 partition of it."""
+
+
+def _cleared(gradients: Iterable[torch.Tensor], holes: Iterable[Fragment]) -> torch.Tensor:
+    """A copy, in one piece, with zeros in the holes."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for hole in holes:
+        flat[hole.start : hole.start + hole.numel] = 0
+    return flat
 
 
 _GRAD_SCALER = "torch_autocast_gradscaler"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from agvm_ds.shards.base import Piece, Shards, numel_of
+from agvm_ds.groups import numel_of
+from agvm_ds.shards.base import Piece, Shards
 
 
 @dataclass
@@ -31,8 +32,9 @@ class OwnerReduction:
     What a rank has to give goes into buckets of at most ``bucket_size`` elements (a larger parameter is a bucket by
     itself). A bucket is all-reduced, as DeepSpeed does with its own, when all its parameters have their gradients, and
     the owners add their elements to a shard. The order of the buckets is fixed, the reverse of the model's definition, so
-    the ranks agree whatever order their gradients appear in, and where a parameter has none on some rank. With one bucket
-    for the whole model it is reduced once an update, with several once a micro-batch.
+    the ranks agree whatever order their gradients appear in, and where a parameter has none on some rank. One bucket for
+    the whole model is reduced once an update, in ``finish``; several are reduced in each micro-batch, so that every rank must
+    have as many of them.
 
     Memory, from the first gradient to ``stop``: one bucket and one gradient shard in fp32, and one bucket more for each that
     is begun before its turn. A backward in reverse order of definition begins none; a parameter without gradient holds up the
@@ -59,9 +61,13 @@ class OwnerReduction:
         self._owned = []
         self._rewind()
 
-    def stop(self) -> None:
-        """Give the memory back."""
-        self.start()
+    stop = start
+    """Give the memory back."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether ranks wait for each other within a backward."""
+        return len(self._buckets) > 1
 
     def _rewind(self) -> None:
         self._next = 0
@@ -80,19 +86,25 @@ class OwnerReduction:
 
     def arrived(self, index: int) -> None:
         """The parameter's contribution of this micro-batch is in its slot."""
-        if len(self._buckets) == 1:
+        if not self.waits:
             return
         self._place[index][0].waiting.discard(index)
         while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
             self._reduce(self._buckets[self._next])
             self._next += 1
 
-    def end_micro_batch(self, last: bool) -> None:
-        """The backward is over; every rank calls this. last: of the update."""
-        if len(self._buckets) > 1 or last:
+    def end_micro_batch(self) -> None:
+        """The backward is over; where there are several buckets every rank must call this."""
+        if self.waits:
             for bucket in self._buckets[self._next :]:
                 self._reduce(bucket)
             self._rewind()
+
+    def finish(self) -> None:
+        """The update's micro-batches are over; every rank must call this, once or more."""
+        if not self._owned:
+            for bucket in self._buckets:
+                self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
         """Add up a bucket over the ranks, keep what this rank owns of it, and drop it."""
@@ -106,7 +118,7 @@ class OwnerReduction:
         bucket.values = None
 
     def of(self, piece: Piece) -> torch.Tensor:
-        """The sums over ranks and micro-batches for a piece's elements, once the last micro-batch has ended."""
+        """The sums over ranks and micro-batches for a piece's elements, after ``finish``."""
         return piece.of(self._owned[piece.buffer])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ class ReplicatedGradients(Shards):
 
     def __init__(self, engine: Any, optimizer: AGVM) -> None:
         super().__init__(engine, optimizer)
-        self._masters = _masters(engine.optimizer)
+        self._masters = masters_beside(engine.optimizer)
 
     def _is_mine(self, buffer: int) -> bool:
         return buffer % self.ranks == self.rank
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self, absent: Collection[int] = ()) -> Iterator[Piece]:
         for buffer, owned in enumerate(self.optimizer.owned):
             if not self._is_mine(buffer):
                 continue
@@ -72,8 +72,8 @@ class ReplicatedGradients(Shards):
             self.engine._config.gradient_clipping = max_norm
 
 
-def _masters(wrapper: Any) -> dict[int, tuple[torch.Tensor, int]]:
-    """Half precision: fp32 copies beside the parameters, one each, or (with a fused Adam) one flat one a group."""
+def masters_beside(wrapper: Any) -> dict[int, tuple[torch.Tensor, int]]:
+    """Half precision: id of a parameter -> its fp32 copy, and where it begins in it (fused Adams: one flat one a group)."""
     found: dict[int, tuple[torch.Tensor, int]] = {}
     halves = getattr(wrapper, "fp16_groups", [])
     for index, group in enumerate(halves):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from agvm_ds.shards.base import Shards, numel_of
+from agvm_ds.groups import numel_of
+from agvm_ds.shards.base import Shards
 
 
 def gathered(shards: Shards, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -10,6 +10,9 @@ from agvm_ds.shards.base import FlatShards, Fragment
 class PartitionedParameters(FlatShards):
     """DeepSpeedZeroOptimizer_Stage3, with ZeRO-Offload or without."""
 
+    stale = True
+    """Its buffers are written over where gradients come, and shown again where none has."""
+
     @property
     def offloaded(self) -> bool:
         return bool(self.engine.optimizer.offload_optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import agvm_ds
 from tests.engines import AGVM_BLOCK, backward, ds_config, heard, started, update
 from tests.launch import run_ranks
 from tests.models import Early, UsedTwice
@@ -72,6 +73,100 @@ def left_early(run: Run) -> Any:
         return messages, before, dict(engine.agvm.scale_factors), engine.agvm.measured
 
 
+def in_turn(run: Run) -> list[float]:
+    """The variances of a module of which a part has gradients in every second update; nothing moves."""
+    stage, _, estimator = run
+    found: list[float] = []
+    for offload in (False, True) if stage else (False,):
+        settings = config((stage, "SGD", estimator), modules={"backbone": ["backbone"], "pair": ["neck", "aux_head"]})
+        settings["optimizer"]["params"] |= {"lr": 0.0}
+        if offload:
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        with started(settings, Early()) as engine:
+            for t in range(4):
+                engine.module.early = t % 2 == 0
+                update(engine, t)
+                found.append(engine.agvm.variances["pair"])
+    return found
+
+
+def uneven(run: Run) -> Any:
+    """Rank 1 leaves out a backward, as a loop does for a batch without objects; from stage 2 on DeepSpeed cannot go on."""
+    if run[0] > 1:
+        return None
+    with heard() as messages, started(config(run)) as engine:
+        for t in range(3):
+            for k in range(2):
+                if (t, k, engine.global_rank) != (1, 0, 1):
+                    backward(engine, t, k)
+                engine.step()
+        return messages, engine.agvm.measured, engine.agvm.variances
+
+
+def after_a_short_update(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """The variances of an update before and after one that the caller has cut short; nothing moves."""
+    stage, _, estimator = run
+    settings = config((stage, "SGD", estimator), accumulation=4)
+    settings["optimizer"]["params"] |= {"lr": 0.0}
+    with started(settings) as engine:
+        update(engine, 0)
+        before = dict(engine.agvm.variances)
+        engine.set_gradient_accumulation_boundary(True)
+        backward(engine, 1, 0)
+        engine.step()
+        for t in (0, 0):
+            for k in range(4):
+                engine.set_gradient_accumulation_boundary(k == 3)
+                backward(engine, t, k)
+                engine.step()
+        assert engine.agvm.measured == 3
+        return before, dict(engine.agvm.variances)
+
+
+def broken_off(run: Run) -> Any:
+    """A backward that fails in the middle, is caught, and taken again."""
+    with heard() as messages, started(config(run, accumulation=4)) as engine:
+        fails = [True]
+
+        def fail(gradient: torch.Tensor) -> None:
+            if fails.pop():
+                raise MemoryError("no room")
+
+        for t in range(2):
+            for k in range(4):
+                if (t, k) == (0, 1):
+                    hook = engine.module.backbone[0].weight.register_hook(fail)
+                    with pytest.raises(MemoryError):
+                        backward(engine, t, k)
+                    hook.remove()
+                backward(engine, t, k)
+                engine.step()
+        return messages, engine.agvm.measured
+
+
+def one_after_another(run: Run) -> tuple[int, int]:
+    """Engines on one model, with AGVM, without, and with it again: none feels the one before."""
+    model, counts = Toy(), []
+    for block in (EVERY, None, EVERY):
+        settings = ds_config(run[0], 2, "SGD", None if block is None else block | {"estimator": run[2]})
+        with started(settings, model) as engine:
+            update(engine, 0)
+            counts.append(engine.agvm and engine.agvm.measured)
+    return counts[0], counts[2]
+
+
+def given_otherwise(run: Run) -> dict[str, float]:
+    """A module that is frozen after the groups were made, and a parameter without elements."""
+    model = Toy()
+    model.neck.register_parameter("empty", torch.nn.Parameter(torch.zeros(0)))
+    groups = agvm_ds.param_groups(model)
+    optimizer = agvm_ds.AGVM(groups, base=torch.optim.SGD, lr=0.1)
+    model.rpn_head[0].weight.requires_grad_(False)
+    with started(config(run), model, optimizer=optimizer) as engine:
+        update(engine, 0)
+        return dict(engine.agvm.variances)
+
+
 BUCKET = 100
 LARGEST = WIDTH**2
 """Elements of the toy's largest parameter, a bucket by itself."""
@@ -101,7 +196,9 @@ def kept(engine: Any) -> int:
     return sum(tensor.numel() for tensor in [*buckets, *reduction._owned])
 
 
-CHECKS = [no_longer_used, frozen_later, left_early, memory]
+CHECKS = [no_longer_used, frozen_later, left_early, memory, in_turn, uneven]
+ALONE = [used_twice, after_a_short_update, broken_off, one_after_another, given_otherwise]
+"""In one rank; a model that fails, or is cut short, in ZeRO stages that go on by themselves."""
 
 
 def everything() -> dict[str, dict[Run, Any]]:
@@ -109,8 +206,14 @@ def everything() -> dict[str, dict[Run, Any]]:
     return {check.__name__: {run: check(run) for run in RUNS} for check in CHECKS}
 
 
-def in_one_rank() -> dict[Run, str]:
-    return {run: used_twice(run) for run in RUNS if run[0] < 2}
+def in_one_rank() -> dict[str, dict[Run, Any]]:
+    return {check.__name__: {run: check(run) for run in RUNS if run[0] < 2} for check in ALONE}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Run, Any]]:
+    result: dict[str, dict[Run, Any]] = run_ranks(in_one_rank, 1, tmp_path_factory.mktemp("alone"))[0]
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +256,26 @@ def test_an_update_of_other_than_n_micro_batches_is_not_measured(run: Run, found
     messages, before, after, measured = found["left_early"][run]
     assert after == before
     assert measured == 1
-    assert "AGVM: update 1: 1 micro-batches instead of 2: not measured (said once)" in messages
+    said = "not measured: 2 of 2 ranks have not seen all of it (1 micro-batches of 2 on rank 0) (said once)"
+    assert f"AGVM: update 1: {said}" in messages
+
+
+@every_run
+def test_a_part_without_gradient_counts_as_zero_in_every_stage(run: Run, found: dict[str, Any]) -> None:
+    """In stage 3, and with ZeRO-Offload, DeepSpeed shows its last gradient again; stage 0 and the others show zero."""
+    expected = found["in_turn"][(0, *run[1:])]
+    assert all(0 < value < 2 for value in expected)
+    times = len(found["in_turn"][run]) // 4
+    assert found["in_turn"][run] == pytest.approx(expected * times, rel=1e-5)
+    assert times == (2 if run[0] else 1)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run[0] < 2], ids=str)
+def test_ranks_with_another_number_of_backwards_agree_not_to_measure(run: Run, found: dict[str, Any]) -> None:
+    messages, measured, variances = found["uneven"][run]
+    said = "not measured: 1 of 2 ranks have not seen all of it (2 micro-batches of 2 on rank 0) (said once)"
+    assert f"AGVM: update 1: {said}" in messages
+    assert measured == 2 and 0 < variances["neck"] < 2
 
 
 @every_run
@@ -170,6 +292,34 @@ def test_what_is_kept_is_one_bucket_and_one_shard(run: Run, found: dict[str, Any
         assert shard - LARGEST < during < shard + 2 * LARGEST
 
 
-def test_a_module_in_two_reentrant_checkpoints_is_refused_when_it_happens(tmp_path: Any) -> None:
-    for run, message in run_ranks(in_one_rank, 1, tmp_path)[0].items():
-        assert "got two gradients in one micro-batch" in message, run
+in_one = pytest.mark.parametrize("run", [run for run in RUNS if run[0] < 2], ids=str)
+
+
+@in_one
+def test_a_module_in_two_reentrant_checkpoints_is_refused_when_it_happens(run: Run, alone: dict[str, Any]) -> None:
+    assert "got two gradients in one micro-batch" in alone["used_twice"][run]
+
+
+@in_one
+def test_updates_after_a_short_one_are_measured_as_before(run: Run, alone: dict[str, Any]) -> None:
+    before, after = alone["after_a_short_update"][run]
+    assert 0 < before["backbone"] < 2
+    assert after == pytest.approx(before, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run[0] == 0], ids=str)
+def test_a_backward_that_failed_leaves_its_update_unmeasured(run: Run, alone: dict[str, Any]) -> None:
+    messages, measured = alone["broken_off"][run]
+    assert len([m for m in messages if "update 0: not measured: 1 of 1 ranks" in m]) == 1
+    assert measured == 1
+
+
+@in_one
+def test_an_engine_does_not_feel_the_one_before_on_its_model(run: Run, alone: dict[str, Any]) -> None:
+    assert alone["one_after_another"][run] == (1, 1)
+
+
+@in_one
+def test_what_deepspeed_leaves_out_is_not_measured(run: Run, alone: dict[str, Any]) -> None:
+    variances = alone["given_otherwise"][run]
+    assert 0 < variances["neck"] < 2 and 0 < variances["rpn_head"] < 2

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "bakbone"}), "no module of that name"),
     "frozen anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "frozen"}), "all its parameters are frozen"),
     "unknown module": (ds_config(2, 2, agvm=AGVM_BLOCK | {"modules": ["nek"]}), "did you mean neck"),
+    "fp16 in stage 0": (ds_config(0, 2, fp16={"enabled": True}), "fp16.enabled in ZeRO stage 0"),
+    "summed": (ds_config(1, 2, gradient_allreduce_op="sum"), "no mean of the micro-gradients"),
     "unmanaged": (ds_config(2, 2, managed_gradient_accumulation=False), "managed_gradient_accumulation"),
 }
 
@@ -82,6 +85,44 @@ def twice() -> str:
         return "nothing"
 
 
+def sparse() -> str:
+    """What an embedding with sparse gradients says."""
+    toy = Toy()
+    toy.neck.table = torch.nn.Embedding(3, 2, sparse=True)
+    try:
+        with started(ds_config(0, 2), toy):
+            return "nothing"
+    except ConfigError as error:
+        return str(error)
+
+
+def late(place: Path) -> str:
+    """What attach says once a checkpoint has been loaded."""
+    groups = lambda net: agvm_ds.param_groups(net, lr=0.1)  # noqa: E731
+    config = {key: value for key, value in ds_config(1, 2).items() if key != "optimizer"}
+    config["zero_allow_untested_optimizer"] = True
+    with started(ds_config(1, 2)) as engine:
+        update(engine, 0)
+        engine.save_checkpoint(str(place))
+    toy = Toy()
+    engine, *_ = deepspeed.initialize(model=toy, optimizer=agvm_ds.AGVM(groups(toy), lr=0.1), config=config)
+    engine.load_checkpoint(str(place))
+    try:
+        agvm_ds.attach(engine)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "nothing"
+
+
+def divided(factor: float) -> str:
+    """In two ranks: what a predivide factor says that DeepSpeed does not multiply back."""
+    zero = {"stage": 3, "reduce_scatter": False}
+    config = ds_config(3, 2, gradient_predivide_factor=factor, zero_optimization=zero)
+    return said(config)
+
+
 def off(**blocks: Any) -> list[str]:
     """What is logged of an AGVM optimizer under a config without AGVM's block, or with ``blocks``."""
     kept: list[str] = []
@@ -98,9 +139,11 @@ def off(**blocks: Any) -> list[str]:
     return kept
 
 
-def everything() -> dict[str, Any]:
+def everything(place: Path) -> dict[str, Any]:
     """In one rank: all checks, one engine after another."""
     return {
+        "sparse": sparse(),
+        "late": late(place),
         "starts": {name: said(config) for name, (config, _) in STARTS.items()},
         "poisoned": {stage: poisoned(stage) for stage in STAGES},
         "lost": {stage: lost_shard(stage) for stage in STAGES},
@@ -111,7 +154,8 @@ def everything() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    result: dict[str, Any] = run_ranks(everything, 1, Path(tmp_path_factory.mktemp("ranks")))[0]
+    place = Path(tmp_path_factory.mktemp("ranks"))
+    result: dict[str, Any] = run_ranks(everything, 1, place, place / "checkpoint")[0]
     return result
 
 
@@ -146,3 +190,17 @@ def test_an_agvm_optimizer_without_its_block_is_told(outcome: dict[str, Any]) ->
 
 def test_the_toy_has_a_frozen_module() -> None:
     assert not any(parameter.requires_grad for parameter in Toy().frozen.parameters())
+
+
+def test_sparse_gradients_are_refused_by_what_makes_them(outcome: dict[str, Any]) -> None:
+    assert "an embedding with sparse=True: not supported with AGVM" in outcome["sparse"]
+
+
+def test_attach_comes_before_load_checkpoint(outcome: dict[str, Any]) -> None:
+    """Once, the scale factors of the checkpoint were lost without a word."""
+    assert "the engine is at update 1 already: attach before load_checkpoint" in outcome["late"]
+
+
+def test_a_factor_that_deepspeed_does_not_multiply_back_is_refused(tmp_path: Path) -> None:
+    assert "gradient_predivide_factor = 2.0 in stage 3" in run_ranks(divided, 2, tmp_path, 2.0)[0]
+    assert run_ranks(divided, 2, tmp_path, 4.0)[0] == "nothing"

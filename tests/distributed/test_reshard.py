@@ -22,6 +22,7 @@ SAVED, ALL = 3, 6
 SOURCES = [
     *(Run(2, stage, base) for stage in range(4) for base in ("SGD", "AdamW")),
     *(Run(2, stage, "AdamW", bf16=True) for stage in range(4)),
+    *(Run(2, stage, "FusedAdam", bf16=bf16) for stage in (0, 1) for bf16 in (False, True)),
     Run(2, 1, "AdamW", bf16=True, extra="fp32 accumulation"),
     Run(2, 2, "AdamW", extra="round robin"),
     Run(2, 1, "AdamW", extra="aligned"),

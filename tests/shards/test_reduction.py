@@ -57,10 +57,13 @@ WHOLE = [1.0] * 3 + [2.0] * 5 + [3.0] * 2 + [4.0] * 7
 def test_one_bucket_is_reduced_once_an_update(shards: Any) -> None:
     reduction = OwnerReduction(shards, 100)
     reduction.start()
-    for last in (False, False, True):
+    for _ in range(3):
         contribute(reduction, [3, 2, 1, 0])
-        reduction.end_micro_batch(last)
-        assert len(shards.reduced) == int(last)
+        reduction.end_micro_batch()
+        assert not shards.reduced
+    for _ in range(2):  # to ask again is no new reduction
+        reduction.finish()
+        assert len(shards.reduced) == 1
     assert sums(reduction) == [3 * value for value in WHOLE]
 
 
@@ -69,9 +72,10 @@ def test_the_order_of_buckets_is_fixed_whatever_the_order_of_gradients(shards: A
     """From the last parameter to the first, full ones at once: 7 | 2 + 5 | 3 elements."""
     reduction = OwnerReduction(shards, 7)
     reduction.start()
-    for last in (False, True):
+    for _ in range(2):
         contribute(reduction, order)
-        reduction.end_micro_batch(last)
+        reduction.end_micro_batch()
+    reduction.finish()
     assert shards.reduced == 2 * [[4.0] * 7, [3.0] * 2 + [2.0] * 5, [1.0] * 3]
     assert sums(reduction) == [2 * value for value in WHOLE]
 
@@ -92,7 +96,7 @@ def test_a_parameter_without_gradient_gives_zeros_and_every_bucket_is_reduced(sh
     reduction = OwnerReduction(shards, 7)
     reduction.start()
     contribute(reduction, [2])
-    reduction.end_micro_batch(True)
+    reduction.end_micro_batch()
     assert shards.reduced == [[0.0] * 7, [3.0] * 2 + [0.0] * 5, [0.0] * 3]
     assert sums(reduction) == [0.0] * 8 + [3.0] * 2 + [0.0] * 7
 
@@ -101,7 +105,7 @@ def test_a_parameter_larger_than_a_bucket_is_one_by_itself(shards: Any) -> None:
     reduction = OwnerReduction(shards, 1)
     reduction.start()
     contribute(reduction, [3, 2, 1, 0])
-    reduction.end_micro_batch(True)
+    reduction.end_micro_batch()
     assert [len(values) for values in shards.reduced] == [7, 2, 5, 3]
 
 
@@ -112,5 +116,6 @@ def test_start_forgets_an_update_that_was_left(shards: Any) -> None:
         contribute(reduction, [3, 0], 10.0)
         reduction.start()
         contribute(reduction, [3, 2, 1, 0])
-        reduction.end_micro_batch(True)
+        reduction.end_micro_batch()
+        reduction.finish()
         assert sums(reduction) == WHOLE
