@@ -7,14 +7,17 @@ Two ranks, two accumulation steps. A row either agrees with the reference or is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.lr_schedules import WarmupLR
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -99,6 +102,7 @@ class Option:
     """Merged into the DeepSpeed configuration, one level deep."""
     model: Callable[[], Toy] = Toy
     bf16: bool = False
+    """Half precision: compared as far as bf16 goes, from weights that it can hold."""
     zero_init: bool = False
     torch_backward: bool = False
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None
@@ -134,6 +138,7 @@ def one_cycle(optimizer: torch.optim.Optimizer) -> OneCycleLR:
 WARMUP = {"warmup_min_lr": 0.001, "warmup_max_lr": 0.01, "warmup_num_steps": 4}
 CPU = {"device": "cpu"}
 BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 ACCUMULATE_FP32 = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 IMMEDIATE = {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
@@ -174,6 +179,14 @@ PRECISIONS = [
     Option("bf16", ANY, BF16, bf16=True),
     Option("bf16, grad_accum_dtype: fp32", ZERO, ACCUMULATE_FP32, bf16=True),
     Option("bf16, grad_accum_dtype: fp32, immediate_grad_update", (1,), IMMEDIATE, bf16=True),
+    Option(
+        "fp16, by a CPU",
+        ZERO,
+        FP16,
+        bf16=True,
+        note="DeepSpeed's own refusal of fp16 on a CPU was switched off for this",
+    ),
+    Option("fp16, offload_optimizer: cpu, by a CPU", ZERO, FP16 | zero(offload_optimizer=CPU), bf16=True),
     Option("bf16, offload_optimizer: cpu", ZERO, BF16 | zero(offload_optimizer=CPU), bf16=True),
     Option("communication_data_type: bf16", ANY, {"communication_data_type": "bf16"}, bf16=True),
     Option("torch_autocast: bfloat16", ANY, AUTOCAST, bf16=True),
@@ -213,6 +226,7 @@ def refusals() -> list[Option]:
     offload, one = zero(offload_optimizer=CPU), WAYS[:1]
     rows: list[tuple[str, Sequence[int], dict[str, Any]]] = [
         ("managed_gradient_accumulation", (2,), {"managed_gradient_accumulation": False}),
+        ("gradient_allreduce_op", (1,), {"gradient_allreduce_op": "sum"}),
         ("sparse_gradients", (0,), {"sparse_gradients": True}),
         ("zero_optimization.elastic_checkpoint", (1,), zero(elastic_checkpoint=True)),
         ("zero_optimization.zenflow", (2,), zero(offload_optimizer=CPU, zenflow={"topk_ratio": 0.1})),
@@ -246,6 +260,7 @@ def refusals() -> list[Option]:
     for name in REFUSED:
         said = f"{name}': not supported with AGVM"
         found.append(Option(f"optimizer {name}", (1,), {"optimizer": {"type": name}}, ways=one, refused=said))
+    found.append(Option("fp16 in stage 0", (0,), FP16, ways=one, refused="fp16.enabled in ZeRO stage 0"))
     channels_last = "parameters not contiguous (channels_last)"
     return [*found, Option(channels_last, ANY, model=models.ChannelsLast, ways=one, refused="is not contiguous")]
 
@@ -290,7 +305,7 @@ def train(option: Option, stage: int, way: Way) -> list[Record] | str:
     config = configuration(option, stage, way)
     client = {"lr_scheduler": option.schedule} if option.client_schedule else {}
     try:
-        with started(config, model_of(option, config), **client) as engine:
+        with fp16_by_a_cpu("fp16" in config), started(config, model_of(option, config), **client) as engine:
             records = []
             for t in range(UPDATES):
                 update(engine, t, torch_backward=option.torch_backward)
@@ -298,6 +313,15 @@ def train(option: Option, stage: int, way: Way) -> list[Record] | str:
             return records
     except ConfigError as error:
         return str(error)
+
+
+@contextmanager
+def fp16_by_a_cpu(wanted: bool) -> Iterator[None]:
+    """torch computes in fp16 on a CPU too; DeepSpeed refuses it there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+        yield
 
 
 Run = tuple[Option, int, Way]

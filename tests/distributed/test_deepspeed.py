@@ -15,14 +15,16 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from tests.engines import ds_config, parameters, update
 from tests.launch import RankFailure, run_ranks
 from tests.models import Early, Sometimes
+from tests.options import fp16_by_a_cpu
 from tests.toy import Toy
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
-def plain(model: Toy, stage: int, **zero: Any) -> Any:
+def plain(model: Toy, stage: int, fp16: Any = None, **zero: Any) -> Any:
     """An engine without AGVM: SGD without momentum or decay."""
     config = ds_config(stage, 2, agvm=None, zero_allow_untested_optimizer=True)
+    config |= {"fp16": fp16} if fp16 else {}
     config["optimizer"]["params"] = {"lr": 0.05}
     config["zero_optimization"] |= zero
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -65,12 +67,24 @@ def grown(window: int) -> float:
     return distance
 
 
+def with_fp16(stage: int) -> float:
+    """How far a parameter goes in an update with fp16 weights, computed by a CPU."""
+    with fp16_by_a_cpu(True):
+        engine = plain(Toy(), stage, fp16={"enabled": True, "initial_scale_power": 8})
+        before = parameters(engine)["backbone.0.weight"]
+        update(engine, 0)
+        distance = float((parameters(engine)["backbone.0.weight"] - before).abs().max())
+        engine.destroy()
+    return distance
+
+
 def everything() -> dict[str, Any]:
     """In a rank: the figures of all notes."""
     return {
         "no gradient": {(stage, bool(zero)): moved(stage, **zero) for stage in (1, 2, 3) for zero in ({}, OFFLOAD)},
         "looked up": (looked_up(False), looked_up(True)),
         "grown": (grown(1000), grown(1)),
+        "fp16": (with_fp16(0), with_fp16(1)),
     }
 
 
@@ -105,3 +119,9 @@ def some_ranks_only() -> None:
 def test_stage_2_does_not_survive_a_gradient_on_some_ranks_only(tmp_path: Path) -> None:
     with pytest.raises(RankFailure):
         run_ranks(some_ranks_only, 2, tmp_path, timeout=60)
+
+
+def test_fp16_in_stage_0_trains_nothing(found: dict[str, Any]) -> None:
+    """DeepSpeed scales the loss for its ZeRO optimizers alone, and divides by the scale all the same."""
+    without, with_zero = found["fp16"]
+    assert without < with_zero / 50 and with_zero > 1e-3
