@@ -124,4 +124,4 @@ def test_stage_2_does_not_survive_a_gradient_on_some_ranks_only(tmp_path: Path) 
 def test_fp16_in_stage_0_trains_nothing(found: dict[str, Any]) -> None:
     """DeepSpeed scales the loss for its ZeRO optimizers alone, and divides by the scale all the same."""
     without, with_zero = found["fp16"]
-    assert without < with_zero / 50 and with_zero > 1e-3
+    assert without == 0.0 and with_zero > 1e-4
