@@ -91,6 +91,10 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
     except Exception as error:  # DeepSpeed checks with asserts, and takes values apart without looking
         raise ConfigError(f"DeepSpeed refuses its config: {type(error).__name__}: {error}") from error
     _refuse_scheduler(config.get("scheduler") or {})
+
+
+def refuse_fp16_without_zero(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for fp16 in stage 0, where DeepSpeed 0.19 trains nothing."""
     if problems := _fp16_problems(config):
         raise ConfigError(problems[0])
 

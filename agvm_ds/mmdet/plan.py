@@ -16,7 +16,7 @@ from mmcv import Config
 from agvm_ds.bases import base_from_json
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.deepspeed_json import BATCH_KEYS
-from agvm_ds.support import refuse_by_deepspeed
+from agvm_ds.support import refuse_by_deepspeed, refuse_fp16_without_zero
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ def _settle_schedule(plan: Plan, cfg: Config) -> None:
 def _refuse_precision(plan: Plan, cfg: Config) -> None:
     if plan.half == "fp16" and get_accelerator().device_name() == "cpu":
         raise ConfigError('"fp16" needs a GPU; on a CPU use "bf16": {"enabled": true}, or neither for fp32')
+    refuse_fp16_without_zero(plan.deepspeed)
     if plan.half and (plan.deepspeed.get("zero_optimization") or {}).get("round_robin_gradients"):
         raise ConfigError(
             f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds others' fp32 weights, "

@@ -265,7 +265,7 @@ def test_a_resume_that_does_not_fit_is_refused(
 ITERATIONS = """
 runner = dict(type="IterBasedRunner", max_iters=9)
 custom_imports = dict(imports=["tests.own_hooks"])
-custom_hooks = [dict(type="StopEarly", updates=5)]
+custom_hooks = [dict(type="StopEarly", updates=5, priority="ABOVE_NORMAL")]
 checkpoint_config = dict(interval=2)
 evaluation = dict(interval=3, metric="bbox")
 lr_config = dict(policy="step", step=[4], warmup="linear", warmup_iters=2)
