@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
@@ -113,14 +112,13 @@ def rate_rows(runner: Any, cfg: Config, updates: int) -> Iterator[tuple[str, str
         return
     per_epoch = runner.updates_per_epoch or updates
     warm_up = warm_up_updates(cfg, per_epoch)
-    # What hooks look at; a copy is begun, for some keep what they find then.
+    # What hooks look at; some keep what they find when a run begins.
     seen = SimpleNamespace(
         optimizer=SimpleNamespace(param_groups=[first]),
         data_loader=range(per_epoch),
         max_iters=updates,
         max_epochs=max(updates // per_epoch, 1),
     )
-    hook = copy.deepcopy(hook)
     hook.before_run(seen)
     spread = [round(k * (updates - 1) / (MILESTONES - 1)) for k in range(MILESTONES)]
     steps = (cfg.lr_config or {}).get("step") or []
