@@ -95,6 +95,13 @@ def test_a_dict_joins_prefixes() -> None:
     assert set(groups) == {"scale", "trunk", "rest"}
 
 
+def test_parameters_without_elements_are_left_out() -> None:
+    """As DeepSpeed leaves them out of its buffers."""
+    model = Toy()
+    model.neck.register_parameter("nothing", nn.Parameter(torch.zeros(0)))
+    assert names_of(model, param_groups(model))["neck"] == ["neck.weight"]
+
+
 def test_frozen_parameters_and_modules_are_left_out() -> None:
     model = Toy()
     model.neck.requires_grad_(False)
