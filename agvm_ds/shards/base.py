@@ -180,7 +180,8 @@ class FlatShards(Shards):
         return self.offloaded
 
     def pieces(self, absent: Collection[int] = ()) -> Iterator[Piece]:
-        holes = [fragment for index in absent if (fragment := self.fragments()[index]) is not None]
+        fragments = self.fragments() if absent else []
+        holes = [fragment for index in absent if (fragment := fragments[index]) is not None]
         if self.offloaded:
             get_accelerator().synchronize()  # the copies to the host are not waited for before the step
         for buffer, (group, partition) in enumerate(zip(self.group_indices(), self.partitions(), strict=True)):
