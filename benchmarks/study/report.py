@@ -19,13 +19,14 @@ ESTIMATORS = lines.FOLDER / "estimators.json"
 def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: list[str]) -> Iterator[str]:
     """Headings, tables, pictures."""
     study = Study(runs)
+    equal = any(run["run"]["series"] == "updates" for run in runs)
     yield tables.ended(runs)
     for heading, text in (
         ("Accuracy at equal epochs", tables.reported(study)),
         ("Gains, seed by seed", tables.differences(study, study.reported)),
         (HALFWAY, tables.halfway(study)),
-        ("Accuracy at equal updates", tables.at_equal_updates(study)),
-        ("Gains at equal updates", tables.differences(study, study.at_equal_updates)),
+        ("Accuracy at equal updates", tables.at_equal_updates(study) if equal else ""),
+        ("Gains at equal updates", tables.differences(study, study.at_equal_updates) if equal else ""),
         ("Scale factors", tables.factors(study)),
         ("Gradient variance by module and batch", tables.variances(study)),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
