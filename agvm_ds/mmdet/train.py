@@ -31,7 +31,7 @@ from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
-from agvm_ds.mmdet.custom_hooks import engine_hook, engine_hooks
+from agvm_ds.mmdet.custom_hooks import engine_hook, engine_hooks, listed
 from agvm_ds.mmdet.errors import HostError, tell_lost
 from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks import AGVMLogHook, EngineEvalHook, ThroughputHook
@@ -213,8 +213,7 @@ def make_detector(cfg: Config, plan: Plan, classes: Any, options: TrainOptions) 
 
 def check_num_classes(cfg: Config, detector: nn.Module, loader: Any) -> None:
     """NumClassCheckHook's own check, where the config has it, before anything is trained."""
-    hooks = cfg.get("custom_hooks") or []
-    if any(hook["type"] == "NumClassCheckHook" for hook in (hooks if isinstance(hooks, (list, tuple)) else [hooks])):
+    if any(hook["type"] == "NumClassCheckHook" for hook in listed(cfg.get("custom_hooks"))):
         with blamed("num_classes in the model, or classes of the data"):
             NumClassCheckHook().before_train_epoch(
                 SimpleNamespace(model=detector, data_loader=loader, logger=get_root_logger())

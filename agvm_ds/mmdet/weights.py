@@ -45,7 +45,7 @@ def gather_weights(engine: Any, unrounded: Mapping[str, torch.Tensor] | None = N
     for buffer in engine.module.buffers():
         comm.broadcast(buffer.data, src=0)
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
-    masters = _unfused_masters(engine)
+    masters = _masters_beside(engine)
     result: StateDict = {}
     for name, value in engine.module.state_dict().items():
         whole = _master(engine, parameters[name], masters) if name in parameters else value
@@ -71,7 +71,7 @@ def _master(engine: Any, parameter: nn.Parameter, masters: Mapping[int, torch.Te
     return parameter
 
 
-def _unfused_masters(engine: Any) -> dict[int, torch.Tensor]:
+def _masters_beside(engine: Any) -> dict[int, torch.Tensor]:
     """Stage 0 in half precision: DeepSpeed keeps whole fp32 copies beside the parameters."""
     if engine.zero_optimization():
         return {}

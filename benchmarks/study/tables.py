@@ -13,6 +13,8 @@ from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
 from benchmarks.study.protocol import BASE_BATCH, BATCHES, CENTRAL_BATCH, METHODS_HALFWAY, MODULATED, SEEDS, STEPS, Run
 
 NONE = ""
+MIDDLE = slice(BINS // 4, 3 * BINS // 4)
+"""Half of a run's BINS."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -179,7 +181,7 @@ def variances(study: Study) -> str:
 
 
 def _middle(values: Sequence[float | None]) -> float:
-    return fmean(value for value in values[BINS // 4 : 3 * BINS // 4] if value is not None)
+    return fmean(value for value in values[MIDDLE] if value is not None)
 
 
 def noise_scale(modules: Iterable[Mapping[str, Any]], part: slice) -> float:
@@ -196,13 +198,12 @@ def onset(study: Study) -> str:
 
     The noise scale is that of all modules at the base batch, in the middle half of its run.
     """
-    middle = slice(BINS // 4, 3 * BINS // 4)
     rows = []
     for base in MODULATED:
         first = study.chosen_line(Cell(base, "plain", BASE_BATCH))
         if first is None:
             continue
-        critical = noise_scale(first["measures"].values(), middle)
+        critical = noise_scale(first["measures"].values(), MIDDLE)
         row = [base, f"{critical:.3g}"]
         for batch in BATCHES:
             line = study.chosen_line(Cell(base, "plain", batch))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from agvm_ds.checkpoints import Placed, Vault, WholeState, layout_of, load_into
+from agvm_ds.mmdet.weights import gather_weights
 from tests.engines import identical, masters, update
 from tests.launch import run_ranks
 from tests.layouts import MODULES, Run
@@ -75,9 +76,10 @@ def sources(place: Path) -> dict[Run, Any]:
             settle(engine)
             save(engine, placed, place, run)
             seen = masters(engine), moments(engine), settings(engine)
+            published = gather_weights(engine)
             for t in range(SAVED, ALL):
                 update(engine, t)
-            found[run] = *seen, masters(engine)
+            found[run] = *seen, masters(engine), published
     return found
 
 
@@ -142,7 +144,8 @@ def after(place: Path, before: dict[Run, Any]) -> dict[tuple[Run, Run], Any]:
 
 @pytest.mark.parametrize("run", SOURCES, ids=str)
 def test_a_checkpoint_read_whole_is_what_the_engine_had(run: Run, place: Path, before: dict[Run, Any]) -> None:
-    weights, states, *_ = before[run]
+    weights, states, _, _, published = before[run]
+    assert identical(dict(sorted(published.items())), dict(sorted(weights.items()))), "what is evaluated and published"
     saved = whole(place, run)
     assert identical(dict(sorted(saved.weights().items())), dict(sorted(weights.items())))
     for name, state in states.items():

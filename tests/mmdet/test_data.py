@@ -134,7 +134,7 @@ def test_sets_that_mmdet_cannot_evaluate_together_are_refused(tmp_path: Path) ->
 
 
 def test_a_loader_to_evaluate_by_may_name_what_mmdet_sets_and_not_change_the_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(data, "build_dataloader", lambda _, **options: asked.append(options))
