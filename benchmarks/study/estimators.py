@@ -24,7 +24,7 @@ from agvm_ds.mmdet.configs import detector_of, read_config
 from agvm_ds.mmdet.model import to_device
 from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.variance import pairwise_variance, split_variance
-from benchmarks.study.launch import DETECTOR
+from benchmarks.study.launch import DETECTORS
 from benchmarks.study.protocol import MICRO
 
 Array = NDArray[np.float64]
@@ -40,7 +40,7 @@ COLUMNS = 4096
 
 def inner_products(weights: Path, gradients: int = GRADIENTS) -> dict[str, Array]:
     """module -> (gradients, gradients): inner products of the gradients of so many micro-batches, at these weights."""
-    cfg = read_config(str(DETECTOR))
+    cfg = read_config(str(DETECTORS["BN"]))
     detector: Any = detector_of(cfg)
     load_checkpoint(detector, str(weights), map_location="cpu")
     detector.train()

@@ -35,7 +35,8 @@ from tests.launch import launch_port
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "data/study"
-DETECTOR = Path(__file__).with_name("detector.py")
+DETECTORS = {norm: Path(__file__).with_name(name) for norm, name in (("BN", "detector.py"), ("GN", "detector_gn.py"))}
+"""By the backbone's normalization."""
 POINTS = 4
 """Evaluations in a run."""
 BINS = 16
@@ -70,7 +71,7 @@ def make_data(folder: Path = DATA) -> None:
 
 
 def mmdet_settings(run: Run) -> dict[str, Any]:
-    """What the run's mmdet config has over ``detector.py``."""
+    """What the run's mmdet config has over its detector's."""
     optimizer = {**OPTIMIZERS[run.base], "lr": run.rate}
     if run.multipliers:
         optimizer["paramwise_cfg"] = {"custom_keys": {name: {"lr_mult": mu} for name, mu in run.multipliers.items()}}
@@ -156,7 +157,7 @@ def _alone(place: Path) -> Iterator[int]:
 
 def _launch(run: Run, place: Path, lock: int) -> tuple[int, str]:
     """(exit code, what it said) of the training, one thread on one rank, which is started as Slurm would start it."""
-    config = {"_base_": str(DETECTOR), **{key: _whole(value) for key, value in mmdet_settings(run).items()}}
+    config = {"_base_": str(DETECTORS[run.norm]), **{key: _whole(value) for key, value in mmdet_settings(run).items()}}
     (place / "config.json").write_text(json.dumps(config))
     (place / "ds.json").write_text(json.dumps(deepspeed_settings(run)))
     words = [

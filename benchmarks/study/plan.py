@@ -23,6 +23,8 @@ from benchmarks.study.protocol import (
     METHODS_HALFWAY,
     MODULATED,
     MOST_RATES,
+    OTHER_NORM,
+    POWER,
     SEEDS,
     Run,
     scaled,
@@ -43,7 +45,7 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """In their order."""
+    """Those that are reported, in their order."""
     yield from (Cell(base, one, batch) for batch, some in METHODS_AT.items() for base in MODULATED for one in some)
     yield from (Cell(base, "plain", batch) for base in ALONE for batch in BATCHES_ALONE)
 
@@ -142,6 +144,29 @@ class Study:
         better = max(runs[max(place - 1, 0) : place] + runs[place + 1 : place + 2], key=self._score)
         return [chosen.with_(series="halfway", rate=(chosen.rate * better.rate) ** 0.5, seed=seed) for seed in SEEDS]
 
+    def causes(self, base: str) -> dict[str, tuple[list[Run], list[Run]]]:
+        """A guess why AGVM does no more at the central batch -> (plain, what the guess is tried with), at their chosen rates.
+
+        Empty while one of these is not known.
+        """
+        chosen = {method: self.chosen(Cell(base, method, CENTRAL_BATCH)) for method in ("plain", "pairwise", "fixed")}
+        plain, pairwise, fixed = chosen.values()
+        if plain is None or pairwise is None or fixed is None:
+            return {}
+        other = [run.with_(series="causes", norm=OTHER_NORM) for run in (plain, pairwise)]
+        larger = {name: mu**POWER for name, mu in fixed.multipliers.items()}
+        pairs = {
+            f"{OTHER_NORM} in the backbone: pairwise": other,
+            f"less alike: fixed, multipliers to the power {POWER}": [
+                plain,
+                fixed.with_(series="causes", multipliers=larger),
+            ],
+        }
+        return {
+            guess: ([one.with_(seed=seed) for seed in FEWER_SEEDS], [two.with_(seed=seed) for seed in FEWER_SEEDS])
+            for guess, (one, two) in pairs.items()
+        }
+
     def ablation(self, base: str) -> list[Run]:
         """AGVM with one setting changed, at its chosen rate."""
         chosen = self.chosen(Cell(base, "pairwise", CENTRAL_BATCH))
@@ -154,16 +179,18 @@ class Study:
     @cached_property
     def runs(self) -> list[Run]:
         """All runs that are known by now, in their order: first those that tell plain's rate at each batch."""
+        found = [run for batch in BATCHES for base in MODULATED for run in self.choosing(Cell(base, "plain", batch))]
         modulated = [cell for cell in cells() if cell.base in MODULATED]
-        found = [run for cell in modulated if cell.method == "plain" for run in self.choosing(cell)]
         found += self._first_series(cell for cell in modulated if cell.batch == CENTRAL_BATCH)
         centre = [Cell(base, method, CENTRAL_BATCH) for base in MODULATED for method in METHODS]
         found += [run for cell in centre if cell.method in METHODS_HALFWAY for run in self.halfway(cell)]
         for batch in reversed(BATCHES):
             equal = [replace(cell, batch=batch) for cell in centre if cell.method in METHODS_AT_EQUAL_UPDATES]
             found += [run for cell in equal for run in self.at_equal_updates(cell)]
-        found += self._first_series(cells())
+        found += [run for base in MODULATED for pair in self.causes(base).values() for runs in pair for run in runs]
+        found += self._first_series(modulated)
         found += [run for base in MODULATED for run in self.ablation(base)]
+        found += self._first_series(cells())
         return list({run.key: run for run in found}.values())
 
     def _first_series(self, some: Iterable[Cell]) -> list[Run]:

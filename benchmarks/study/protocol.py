@@ -42,8 +42,8 @@ MOST_RATES = 7
 
 METHODS = ("plain", "pairwise", "fixed", "split")
 """``fixed``: the base with each module's rate multiplied by AGVM's mean scale factor (pairwise, same base and batch)."""
-METHODS_AT = {64: METHODS, 128: METHODS[:2], 16: METHODS[:2], 32: METHODS[:1]}
-"""Batch -> what is trained at it for EPOCHS, in the study's order."""
+METHODS_AT = {64: METHODS, 16: METHODS[:2], 32: METHODS[:1]}
+"""Batch -> what is reported at it after EPOCHS, in the study's order; plain's rate is searched at every batch."""
 METHODS_AT_EQUAL_UPDATES = METHODS[:3]
 """At every batch."""
 METHODS_HALFWAY = METHODS[:2]
@@ -66,6 +66,11 @@ ABLATION: tuple[Mapping[str, Any], ...] = (
     {"ratio_bounds": [0.1, 100.0]},
 )
 
+OTHER_NORM = "GN"
+"""What the backbone has of series ``causes`` in the place of BatchNorm."""
+POWER = 3
+"""Of AGVM's mean scale factors as multipliers, of series ``causes``: as if modules were less alike."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -73,7 +78,7 @@ class Run:
 
     series: str
     """``epochs``: EPOCHS at every batch; ``updates``: as many as at CENTRAL_BATCH; ``halfway``: EPOCHS with a rate between
-    two of those searched; ``ablation``: one AGVM setting changed."""
+    two of those searched; ``causes``: a guess why AGVM does no more; ``ablation``: one AGVM setting changed."""
     base: str
     method: str
     batch: int
@@ -83,11 +88,14 @@ class Run:
     """Module -> what its rate is multiplied by, of method ``fixed``."""
     changed: Mapping[str, Any] = field(default_factory=dict)
     """Keys of the ``agvm`` block, of series ``ablation``."""
+    norm: str = "BN"
+    """The backbone's layers of normalization; or OTHER_NORM."""
 
     @property
     def key(self) -> str:
         """Unique in the study, and a folder's name."""
-        more = "".join(f"-{name}={value}" for name, value in self.changed.items()).replace(" ", "")
+        changed = {**self.changed, **({"norm": self.norm} if self.norm != "BN" else {})}
+        more = "".join(f"-{name}={value}" for name, value in changed.items()).replace(" ", "")
         return f"{self.series}-{self.base}-{self.method}-{self.batch}-{self.rate:.5g}-{self.seed}{more}"
 
     @property

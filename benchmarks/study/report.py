@@ -32,6 +32,7 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         ("Critical batch size by the noise scale, images", tables.critical(study)),
         ("Where the loss of accuracy begins", tables.onset(study)),
         ("What the noise scale predicts of a larger batch", tables.sweep(study)),
+        ("Why no more", tables.causes(study)),
         ("One setting changed", tables.ablation(study)),
         ("Pairwise and split at fixed weights", tables.estimators(compared)),
         ("All rates that were tried", tables.tried(study)),
@@ -60,6 +61,7 @@ NOTES = {
     "with seed 0 needs from one loss to a lower one, which both runs have after their losses' highest point (a detector "
     "without proposals has a small loss) and before their rates fall; and (1 + B/16) / (1 + B/batch), with B of all "
     "modules at 16 meanwhile, as `launch/advise.py` tells it. Only where both losses fall by a quarter.",
+    "Why no more": "What AGVM may have failed by, each changed alone; seeds 1 and 2.",
     "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.",
 }
 

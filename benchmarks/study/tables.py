@@ -139,6 +139,15 @@ def ablation(study: Study) -> str:
     return table(["base", "changed", "mAP"], [row for row in rows if row[2]])
 
 
+def causes(study: Study) -> str:
+    """A guess why AGVM does no more: mAP without and with what it is tried with, and the gain seed by seed."""
+    rows = []
+    for base in MODULATED:
+        for guess, pair in study.causes(base).items():
+            rows.append([base, guess, *(spread(scores(study, runs)) for runs in pair), gain(study, pair[1], pair[0])])
+    return table(["base", "tried", "plain", "with it", "gain"], [row for row in rows if row[3]])
+
+
 def factors(study: Study) -> str:
     """Mean scale factor of each module, of the pairwise run with the choosing seed."""
     rows = []
