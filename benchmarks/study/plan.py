@@ -132,7 +132,7 @@ class Study:
         if chosen is None:
             return []
         series = chosen.series if cell.batch == CENTRAL_BATCH else "updates"
-        return [chosen.with_(series=series, batch=cell.batch, seed=seed) for seed in FEWER_SEEDS]
+        return _few(chosen.with_(series=series, batch=cell.batch))
 
     def halfway(self, cell: Cell) -> list[Run]:
         """The cell's runs at the rate between its chosen one and the better of that one's neighbours (geometric mean)."""
@@ -155,26 +155,19 @@ class Study:
             return {}
         other = [run.with_(series="causes", norm=OTHER_NORM) for run in (plain, pairwise)]
         larger = {name: mu**POWER for name, mu in fixed.multipliers.items()}
+        less_alike = fixed.with_(series="causes", multipliers=larger)
         pairs = {
             f"{OTHER_NORM} in the backbone: pairwise": other,
-            f"less alike: fixed, multipliers to the power {POWER}": [
-                plain,
-                fixed.with_(series="causes", multipliers=larger),
-            ],
+            f"less alike: fixed, multipliers to the power {POWER}": [plain, less_alike],
         }
-        return {
-            guess: ([one.with_(seed=seed) for seed in FEWER_SEEDS], [two.with_(seed=seed) for seed in FEWER_SEEDS])
-            for guess, (one, two) in pairs.items()
-        }
+        return {guess: (_few(one), _few(two)) for guess, (one, two) in pairs.items()}
 
     def ablation(self, base: str) -> list[Run]:
         """AGVM with one setting changed, at its chosen rate."""
         chosen = self.chosen(Cell(base, "pairwise", CENTRAL_BATCH))
         if chosen is None:
             return []
-        return [
-            chosen.with_(series="ablation", seed=seed, changed=changed) for changed in ABLATION for seed in FEWER_SEEDS
-        ]
+        return [run for changed in ABLATION for run in _few(chosen.with_(series="ablation", changed=changed))]
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -199,3 +192,7 @@ class Study:
     def to_do(self) -> list[Run]:
         """What is left of them."""
         return [run for run in self.runs if run.key not in self.known]
+
+
+def _few(run: Run) -> list[Run]:
+    return [run.with_(seed=seed) for seed in FEWER_SEEDS]

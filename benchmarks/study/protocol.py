@@ -94,8 +94,7 @@ class Run:
     @property
     def key(self) -> str:
         """Unique in the study, and a folder's name."""
-        changed = {**self.changed, **({"norm": self.norm} if self.norm != "BN" else {})}
-        more = "".join(f"-{name}={value}" for name, value in changed.items()).replace(" ", "")
+        more = "".join(f"-{name}={value}" for name, value in self.changed.items()).replace(" ", "")
         return f"{self.series}-{self.base}-{self.method}-{self.batch}-{self.rate:.5g}-{self.seed}{more}"
 
     @property
