@@ -19,7 +19,8 @@ from mmcv.runner import HOOKS, Hook
 from torch import distributed
 
 from agvm_ds.checkpoints import vault
-from agvm_ds.mmdet import checkpointing, model, overflow, runner
+from agvm_ds.mmdet import checkpointing, runner
+from agvm_ds.mmdet.detector import model, overflow
 
 ALONE = 200
 """Calls of ``stop_asked`` in a row that are timed before the first update."""

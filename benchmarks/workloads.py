@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from agvm_ds.demo.data import ensure
 from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.model import to_device
-from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.detector.model import to_device
+from agvm_ds.mmdet.detector.modules import modules_of
 from tests.engines import started
 
 SEED = 0

@@ -36,7 +36,7 @@ from torch import nn
 from agvm_ds.config import ConfigError
 from agvm_ds.groups import MODULE, PARAMS, REST, cut_groups
 from agvm_ds.mmdet.configs import BUILDING, read_config, shipped_configs
-from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.detector.modules import modules_of
 from benchmarks.machine import save, with_table
 from benchmarks.shrunk import make_data
 from benchmarks.zoo_training import FAMILIES, Training, train

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.commandline import Parser, positive
-from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.process.commandline import Parser, positive
+from agvm_ds.mmdet.process.errors import main_of_rank
 from agvm_ds.report.advice import BATCHES, advise
 from agvm_ds.report.page import advice_words
 from agvm_ds.report.runs import read_run

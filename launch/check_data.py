@@ -14,9 +14,9 @@ from rich.text import Text
 from agvm_ds.mmdet.checks.data_check import SPLITS, Checked, check_data
 from agvm_ds.mmdet.checks.disk import too_little_room
 from agvm_ds.mmdet.checks.images import decode_all
-from agvm_ds.mmdet.commandline import Parser
 from agvm_ds.mmdet.configs import read_config, work_dir_of
-from agvm_ds.mmdet.errors import EXIT_BAD_INPUT, main_of_rank
+from agvm_ds.mmdet.process.commandline import Parser
+from agvm_ds.mmdet.process.errors import EXIT_BAD_INPUT, main_of_rank
 
 
 def main() -> None:

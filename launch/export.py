@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agvm_ds.mmdet.commandline import Parser
-from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.process.commandline import Parser
+from agvm_ds.mmdet.process.errors import main_of_rank
 from agvm_ds.mmdet.testing.export import ExportOptions, export
 
 

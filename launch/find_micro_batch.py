@@ -10,9 +10,9 @@ import signal
 import sys
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.commandline import Parser, positive
-from agvm_ds.mmdet.errors import main_of_rank
 from agvm_ds.mmdet.fitting import find
+from agvm_ds.mmdet.process.commandline import Parser, positive
+from agvm_ds.mmdet.process.errors import main_of_rank
 
 
 def main() -> None:

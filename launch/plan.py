@@ -12,11 +12,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.commandline import Parser, positive
-from agvm_ds.mmdet.errors import main_of_rank
 from agvm_ds.mmdet.planning.proposal import Proposal, propose
 from agvm_ds.mmdet.planning.request import Request
 from agvm_ds.mmdet.planning.scaling import RULES
+from agvm_ds.mmdet.process.commandline import Parser, positive
+from agvm_ds.mmdet.process.errors import main_of_rank
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.commandline import Parser
-from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.process.commandline import Parser
+from agvm_ds.mmdet.process.errors import main_of_rank
 from agvm_ds.report.page import write_page
 from agvm_ds.report.runs import read_run
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from agvm_ds.mmdet.commandline import Parser
-from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.process.commandline import Parser
+from agvm_ds.mmdet.process.errors import main_of_rank
 from agvm_ds.mmdet.testing.test import TestOptions, test
 
 

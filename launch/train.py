@@ -7,8 +7,8 @@ import argparse
 import deepspeed
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.commandline import Parser, positive
-from agvm_ds.mmdet.errors import main_of_rank
+from agvm_ds.mmdet.process.commandline import Parser, positive
+from agvm_ds.mmdet.process.errors import main_of_rank
 from agvm_ds.mmdet.train import TrainOptions, train
 
 

@@ -25,12 +25,12 @@ from agvm_ds.checkpoints import (
 )
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import STATE_KEY
-from agvm_ds.mmdet.ema import ema_hooks
+from agvm_ds.mmdet.detector.weights import StateDict
 from agvm_ds.mmdet.evaluate import broadcast_object
+from agvm_ds.mmdet.hooks.ema import ema_hooks
 from agvm_ds.mmdet.optimizer import replaced, settings_of
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state
-from agvm_ds.mmdet.weights import StateDict
 
 STATE_DIR = "deepspeed"
 """Folder of the DeepSpeed checkpoints in a work dir."""

@@ -20,7 +20,7 @@ from mmdet.core import encode_mask_results
 from torch import nn
 
 from agvm_ds.mmdet.configs import detector_of
-from agvm_ds.mmdet.model import put_on, to_device
+from agvm_ds.mmdet.detector.model import put_on, to_device
 from agvm_ds.mmdet.randomness import untouched_randomness
 
 

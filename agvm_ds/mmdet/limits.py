@@ -10,8 +10,8 @@ from mmdet.models import BaseDetector
 from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.custom_hooks import EMA_HOOKS, class_of, listed, unknown_kinds
-from agvm_ds.mmdet.nonfinite import KEY
+from agvm_ds.mmdet.detector.nonfinite import KEY
+from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, listed, unknown_kinds
 from agvm_ds.mmdet.plan import Plan
 
 RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}

@@ -20,7 +20,7 @@ from agvm_ds.bases import base_from_json
 from agvm_ds.config import ConfigError
 from agvm_ds.engine import make_optimizer
 from agvm_ds.groups import PARAMS, Group, cut_groups
-from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.mmdet.plan import Plan
 
 

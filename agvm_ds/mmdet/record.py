@@ -12,7 +12,7 @@ from typing import Any
 
 from mmcv import Config
 
-from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.mmdet.plan import Plan
 from agvm_ds.report.runs import RUN_FILE
 

@@ -12,11 +12,11 @@ from mmcv.runner import RUNNERS, EpochBasedRunner, IterBasedRunner
 
 from agvm_ds.mmdet.checkpointing import Checkpointing, Saving, plain
 from agvm_ds.mmdet.compat import repeat_mode_switch
-from agvm_ds.mmdet.ema import use_averages
+from agvm_ds.mmdet.detector.weights import StateDict, gather_weights, publish
+from agvm_ds.mmdet.hooks.ema import use_averages
 from agvm_ds.mmdet.plan import Batch
+from agvm_ds.mmdet.process.signals import Preempted, RankWatch
 from agvm_ds.mmdet.randomness import random_state, set_random_state
-from agvm_ds.mmdet.signals import Preempted, RankWatch
-from agvm_ds.mmdet.weights import StateDict, gather_weights, publish
 
 
 class EngineRunner(Checkpointing):

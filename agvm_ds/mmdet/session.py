@@ -26,8 +26,8 @@ from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.compat import mend_mmdet
 from agvm_ds.mmdet.configs import is_demo
-from agvm_ds.mmdet.errors import HostError
 from agvm_ds.mmdet.evaluate import broadcast_object
+from agvm_ds.mmdet.process.errors import HostError
 
 LOCK = ".lock"
 """A work dir's file that the launch at work there has locked."""

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from agvm_ds.mmdet.detections import draw_detections, sample_of
-from agvm_ds.mmdet.hooks import EngineEvalHook, ThroughputHook
+from agvm_ds.mmdet.hooks.evaluation import EngineEvalHook
+from agvm_ds.mmdet.hooks.log import ThroughputHook
 from agvm_ds.monitor import FILE_NAME
 from agvm_ds.report.figures import plot_modules
 from agvm_ds.report.measures import read_measures

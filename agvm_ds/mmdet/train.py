@@ -31,24 +31,25 @@ from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
-from agvm_ds.mmdet.custom_hooks import engine_hook, engine_hooks, listed
-from agvm_ds.mmdet.errors import HostError, tell_lost
+from agvm_ds.mmdet.detector.model import EngineModel, put_on
+from agvm_ds.mmdet.detector.nonfinite import KEY, NumberWatch
+from agvm_ds.mmdet.detector.precision import enable_half
+from agvm_ds.mmdet.detector.pretrained import init_weights, provide
+from agvm_ds.mmdet.detector.sync_bn import settle_sync_bn
+from agvm_ds.mmdet.detector.weights import keep_unrounded, load_weights
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.hooks import AGVMLogHook, EngineEvalHook, ThroughputHook
+from agvm_ds.mmdet.hooks.custom import engine_hook, engine_hooks, listed
+from agvm_ds.mmdet.hooks.evaluation import EngineEvalHook
+from agvm_ds.mmdet.hooks.log import AGVMLogHook, ThroughputHook
 from agvm_ds.mmdet.limits import refuse_own_steps, refuse_unsupported
-from agvm_ds.mmdet.model import EngineModel, put_on
-from agvm_ds.mmdet.nonfinite import KEY, NumberWatch
-from agvm_ds.mmdet.outputs import make_folder
 from agvm_ds.mmdet.plan import Plan, make_plan
-from agvm_ds.mmdet.precision import enable_half
-from agvm_ds.mmdet.pretrained import init_weights, provide
+from agvm_ds.mmdet.process.errors import HostError, tell_lost
+from agvm_ds.mmdet.process.outputs import make_folder
+from agvm_ds.mmdet.process.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.progress import ProgressHook, waiting
 from agvm_ds.mmdet.record import write_record
 from agvm_ds.mmdet.rehearsal import warm_up_updates
-from agvm_ds.mmdet.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.summary import summarize
-from agvm_ds.mmdet.sync_bn import settle_sync_bn
-from agvm_ds.mmdet.weights import keep_unrounded, load_weights
 from agvm_ds.monitor import FILE_NAME, JsonLines
 
 

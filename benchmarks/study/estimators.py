@@ -21,8 +21,8 @@ from rich.progress import track
 
 from agvm_ds.groups import MODULE, PARAMS, param_groups
 from agvm_ds.mmdet.configs import detector_of, read_config
-from agvm_ds.mmdet.model import to_device
-from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.detector.model import to_device
+from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.variance import pairwise_variance, split_variance
 from benchmarks.study.launch import DETECTORS
 from benchmarks.study.protocol import MICRO

@@ -11,8 +11,8 @@ from mmdet.models import build_detector
 
 from agvm_ds.config import AGVMConfig, read_block
 from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.mmdet.limits import refuse_unsupported
-from agvm_ds.mmdet.modules import modules_of
 from agvm_ds.mmdet.plan import make_plan
 from agvm_ds.mmdet.planning import scaling
 from benchmarks.recipes import recipes

@@ -14,9 +14,9 @@ import torch
 from mmcv.runner import HOOKS
 from mmcv.utils import build_from_cfg
 
-from agvm_ds.mmdet.custom_hooks import engine_hooks
-from agvm_ds.mmdet.ema import use_averages
-from agvm_ds.mmdet.weights import gather_weights, keep_unrounded
+from agvm_ds.mmdet.detector.weights import gather_weights, keep_unrounded
+from agvm_ds.mmdet.hooks.custom import engine_hooks
+from agvm_ds.mmdet.hooks.ema import use_averages
 from tests.engines import identical, update
 from tests.launch import run_ranks
 from tests.layouts import Run

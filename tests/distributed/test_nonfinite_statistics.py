@@ -75,6 +75,6 @@ def test_the_next_measure_is_used_where_the_weights_are_whole(run: Run, runs: li
 
 
 def test_what_deepspeed_does_by_itself(runs: list[dict[Run, Seen]]) -> None:
-    """In fp32; what agvm_ds.mmdet.overflow says of it."""
+    """In fp32; what agvm_ds.mmdet.detector.overflow says of it."""
     applied = {(stage, bad) for (stage, _, _, bad), seen in runs[0].items() if seen.applied}
     assert applied == {(0, "nan"), (0, "inf"), (0, "huge"), (3, "huge")}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agvm_ds.checkpoints import Placed, Vault, WholeState, layout_of, load_into
-from agvm_ds.mmdet.weights import gather_weights
+from agvm_ds.mmdet.detector.weights import gather_weights
 from tests.engines import identical, masters, update
 from tests.launch import run_ranks
 from tests.layouts import MODULES, Run

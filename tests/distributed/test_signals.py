@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from agvm_ds.checkpoints import CheckpointError, NotWrittenError
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet import signals
-from agvm_ds.mmdet.errors import HostLost, RankDied
-from agvm_ds.mmdet.signals import RankWatch, shield_workers, this_place, unanswered
+from agvm_ds.mmdet.process import signals
+from agvm_ds.mmdet.process.errors import HostLost, RankDied
+from agvm_ds.mmdet.process.signals import RankWatch, shield_workers, this_place, unanswered
 from tests.launch import run_ranks
 
 

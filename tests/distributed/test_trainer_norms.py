@@ -14,7 +14,7 @@ from mmdet.models import build_detector
 
 from agvm_ds.demo.data import ensure
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.model import to_device
+from agvm_ds.mmdet.detector.model import to_device
 from agvm_ds.mmdet.optimizer import build
 from agvm_ds.mmdet.plan import make_plan
 from tests.trainer import cfg_options, data_options, launch, logged, write_config, write_json

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from agvm_ds.mmdet.signals import this_place
+from agvm_ds.mmdet.process.signals import this_place
 from tests.faults.processes import config_lines
 from tests.faults.runs import EPOCH, Runs, published
 from tests.faults.table import survived
@@ -100,7 +100,7 @@ def test_a_hosts_ranks_are_killed(two: Network, runs: Runs) -> None:
 
 def test_a_container_of_the_same_name_is_another_place(allowed: None) -> None:
     """Its processes cannot be seen, and their numbers are others' here."""
-    program = "from agvm_ds.mmdet.signals import this_place; print(this_place())"
+    program = "from agvm_ds.mmdet.process.signals import this_place; print(this_place())"
     printed = [
         subprocess.run([*words, sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
         for words in ([], ["unshare", "--pid", "--fork"])

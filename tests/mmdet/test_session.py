@@ -18,7 +18,7 @@ from mmcv import Config
 
 from agvm_ds.config import ConfigError
 from agvm_ds.demo import data
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.process.errors import HostError
 from agvm_ds.mmdet.session import agreeing, init_distributed, make_demo_data, settle_seed
 from tests.launch import run_ranks
 

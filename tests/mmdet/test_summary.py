@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agvm_ds.mmdet.hooks import ThroughputHook
+from agvm_ds.mmdet.hooks.log import ThroughputHook
 from agvm_ds.mmdet.summary import summarize
 
 

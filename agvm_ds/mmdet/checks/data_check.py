@@ -24,7 +24,7 @@ from agvm_ds.mmdet.checks.findings import Report
 from agvm_ds.mmdet.checks.images import Image, check_files
 from agvm_ds.mmdet.configs import blamed
 from agvm_ds.mmdet.data_sets import data_sets, kind_of, missing_packages
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.process.errors import HostError
 from agvm_ds.mmdet.testing.metrics import unknown_metrics, wanted_metrics
 
 SPLITS = ("train", "val", "test")

@@ -30,9 +30,9 @@ import cv2
 import mmcv
 from mmdet.datasets.pipelines import Compose
 
-from agvm_ds.mmdet import errors
 from agvm_ds.mmdet.checks.findings import Report
 from agvm_ds.mmdet.checks.image_names import wrapped
+from agvm_ds.mmdet.process import errors
 
 UNREADABLE = "image that cannot be decoded: truncated, or no image"
 

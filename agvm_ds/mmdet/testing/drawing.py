@@ -12,7 +12,7 @@ import numpy as np
 from deepspeed import comm
 from torch import nn
 
-from agvm_ds.mmdet.outputs import written_whole
+from agvm_ds.mmdet.process.outputs import written_whole
 
 PROPOSALS = 20
 """How many of an RPN's are drawn; all would cover the image."""

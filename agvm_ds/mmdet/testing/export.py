@@ -22,11 +22,11 @@ from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.checkpointing import plain
 from agvm_ds.mmdet.configs import blamed, read_config
 from agvm_ds.mmdet.data_sets import data_sets, kind_of
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.detector.weights import in_float32, load_weights, put_weights
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.outputs import refuse_unwritable, told, written_whole
+from agvm_ds.mmdet.process.errors import HostError
+from agvm_ds.mmdet.process.outputs import refuse_unwritable, told, written_whole
 from agvm_ds.mmdet.testing.saved import read_published
-from agvm_ds.mmdet.weights import in_float32, load_weights, put_weights
 
 KEPT = ("epoch", "iter", "seed", "CLASSES", "PALETTE")
 """What is taken from a checkpoint's own meta, where it has it."""

@@ -17,8 +17,8 @@ from mmdet.datasets import CocoPanopticDataset
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.data_sets import data_sets, kind_of
-from agvm_ds.mmdet.errors import HostError
-from agvm_ds.mmdet.outputs import refuse_unwritable, told, written_whole
+from agvm_ds.mmdet.process.errors import HostError
+from agvm_ds.mmdet.process.outputs import refuse_unwritable, told, written_whole
 
 PICKLES = (".pkl", ".pickle")
 PREFIX = "jsonfile_prefix"

@@ -10,9 +10,9 @@ from typing import Any
 from agvm_ds.checkpoints import CheckpointError, Manifest, Vault, WholeState
 from agvm_ds.checkpoints.vault import MANIFEST
 from agvm_ds.mmdet.checkpointing import AVERAGES_PUBLISHED, RUNNER_KEY, UNROUNDED
-from agvm_ds.mmdet.ema import replaced
-from agvm_ds.mmdet.errors import HostError
-from agvm_ds.mmdet.weights import StateDict, in_float32
+from agvm_ds.mmdet.detector.weights import StateDict, in_float32
+from agvm_ds.mmdet.hooks.ema import replaced
+from agvm_ds.mmdet.process.errors import HostError
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from torch import nn
 from agvm_ds.mmdet import data, session
 from agvm_ds.mmdet.checks.data_check import check_on_hosts
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.errors import HostError, tell_lost
+from agvm_ds.mmdet.detector.weights import load_weights, put_weights
 from agvm_ds.mmdet.evaluate import broadcast_object, collect, detect, metrics_of, plain_detector
-from agvm_ds.mmdet.outputs import make_folder
+from agvm_ds.mmdet.process.errors import HostError, tell_lost
+from agvm_ds.mmdet.process.outputs import make_folder
+from agvm_ds.mmdet.process.signals import RankWatch
 from agvm_ds.mmdet.progress import counted
-from agvm_ds.mmdet.signals import RankWatch
 from agvm_ds.mmdet.testing.drawing import Drawing
 from agvm_ds.mmdet.testing.metrics import evaluation_options, refuse_beyond, wanted_metrics
 from agvm_ds.mmdet.testing.result_files import (
@@ -32,7 +33,6 @@ from agvm_ds.mmdet.testing.result_files import (
     write_pickle,
 )
 from agvm_ds.mmdet.testing.saved import read_published
-from agvm_ds.mmdet.weights import load_weights, put_weights
 
 
 @dataclass(frozen=True)

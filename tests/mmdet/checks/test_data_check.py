@@ -16,7 +16,7 @@ from mmcv import Config
 from agvm_ds.mmdet.checks.annotations import Use
 from agvm_ds.mmdet.checks.data_check import check_data, check_on_hosts
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.process.errors import HostError
 from agvm_ds.mmdet.train import TrainOptions, splits_read
 from tests.launch import run_ranks
 from tests.mmdet import coco

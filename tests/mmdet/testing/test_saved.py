@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agvm_ds.checkpoints import CheckpointError
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.process.errors import HostError
 from agvm_ds.mmdet.testing.saved import read_published
 from tests.checkpoints.test_vault import written
 

@@ -28,7 +28,7 @@ from torch import nn
 from agvm_ds.checkpoints import any_pickle, weights_only
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet import session
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.process.errors import HostError
 
 SILENCE = 60.0
 """Seconds without a byte after which a server is given up."""

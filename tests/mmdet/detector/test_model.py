@@ -11,8 +11,8 @@ from mmcv.parallel import DataContainer
 from mmdet.core.hook import CheckInvalidLossHook
 from torch import nn
 
-from agvm_ds.mmdet import model
-from agvm_ds.mmdet.model import _merge, put_on, to_device
+from agvm_ds.mmdet.detector import model
+from agvm_ds.mmdet.detector.model import _merge, put_on, to_device
 
 
 def output(loss: float, samples: int, **log_vars: float) -> dict[str, Any]:

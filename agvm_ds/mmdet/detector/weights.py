@@ -18,7 +18,7 @@ from torch import nn
 
 from agvm_ds.checkpoints import NotWrittenError, any_pickle, weights_only
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.outputs import written_whole
+from agvm_ds.mmdet.process.outputs import written_whole
 from agvm_ds.shards import masters_beside
 
 StateDict = dict[str, torch.Tensor]

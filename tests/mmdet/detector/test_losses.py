@@ -10,7 +10,7 @@ import torch
 from deepspeed import comm
 from mmdet.models import BaseDetector
 
-from agvm_ds.mmdet.losses import WIDTH, parse_losses
+from agvm_ds.mmdet.detector.losses import WIDTH, parse_losses
 from tests.launch import RankFailure, run_ranks
 
 

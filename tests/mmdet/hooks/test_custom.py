@@ -9,9 +9,9 @@ from mmcv.runner import HOOKS, Hook
 from mmcv.runner.hooks import CheckpointHook, EMAHook
 from mmcv.utils import build_from_cfg
 
-from agvm_ds.mmdet.custom_hooks import EMA_HOOKS, engine_hooks, unknown_kinds
-from agvm_ds.mmdet.ema import EngineEMA, ema_hooks
-from agvm_ds.mmdet.hooks import EngineCheckpointHook
+from agvm_ds.mmdet.hooks.checkpoints import EngineCheckpointHook
+from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, engine_hooks, unknown_kinds
+from agvm_ds.mmdet.hooks.ema import EngineEMA, ema_hooks
 
 
 @pytest.mark.parametrize("kind", EMA_HOOKS)

@@ -13,9 +13,9 @@ from torch import nn
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.checks.image_names import names_of
+from agvm_ds.mmdet.detector.nonfinite import MicroBatch, NonFiniteError, NumberWatch, _not_finite
+from agvm_ds.mmdet.detector.overflow import loss_scaled
 from agvm_ds.mmdet.limits import refuse_unsupported
-from agvm_ds.mmdet.nonfinite import MicroBatch, NonFiniteError, NumberWatch, _not_finite
-from agvm_ds.mmdet.overflow import loss_scaled
 from agvm_ds.mmdet.plan import Batch, Plan
 
 PLAIN = {"runner": {"type": "IterBasedRunner", "max_iters": 1}, "workflow": [("train", 1)], "data": {"train": {}}}

@@ -15,7 +15,7 @@ from deepspeed import comm
 from mmcv.runner import BaseModule
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.pretrained import cached, provide, sources_of, url_of
+from agvm_ds.mmdet.detector.pretrained import cached, provide, sources_of, url_of
 from tests.launch import run_ranks
 
 CONTENT = b"weights"

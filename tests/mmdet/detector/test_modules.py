@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from agvm_ds.mmdet.configs import read_config, shipped_configs
-from agvm_ds.mmdet.modules import modules_of
+from agvm_ds.mmdet.detector.modules import modules_of
 from benchmarks.zoo import DOCUMENT, Cut, bare_detector, cut_of, cuts, shares_of
 
 

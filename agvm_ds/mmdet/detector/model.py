@@ -9,9 +9,9 @@ import torch
 from mmcv.parallel import MODULE_WRAPPERS, DataContainer
 from torch import nn
 
-from agvm_ds.mmdet.losses import parse_losses
-from agvm_ds.mmdet.nonfinite import NumberWatch
-from agvm_ds.mmdet.signals import RankWatch
+from agvm_ds.mmdet.detector.losses import parse_losses
+from agvm_ds.mmdet.detector.nonfinite import NumberWatch
+from agvm_ds.mmdet.process.signals import RankWatch
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

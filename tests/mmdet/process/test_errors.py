@@ -15,7 +15,7 @@ from tests.launch import free_port
 
 PROGRAM = """
 import os, sys, time
-from agvm_ds.mmdet.errors import ConfigError, HostError, main_of_rank
+from agvm_ds.mmdet.process.errors import ConfigError, HostError, main_of_rank
 
 def main():
     time.sleep(float(os.environ["DELAY"]))
@@ -25,7 +25,7 @@ print("started", flush=True)
 sys.stdin.readline()
 main_of_rank(main)
 """
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def start(rank: int, kind: str, delay: float, **environ: Any) -> subprocess.Popen[str]:
@@ -87,7 +87,7 @@ def test_several_hosts_tell_it_once_and_a_mistake_of_a_host_on_each(kind: str, t
 
 def test_a_host_tells_what_rank_zero_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0's host is content, or gone: the other one's patience ends."""
-    from agvm_ds.mmdet import errors
+    from agvm_ds.mmdet.process import errors
 
     said: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *text, **_: said.extend(text))

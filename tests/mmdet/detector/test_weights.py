@@ -14,7 +14,7 @@ from torch import nn
 
 from agvm_ds.checkpoints import NotWrittenError
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.weights import load_weights, publish
+from agvm_ds.mmdet.detector.weights import load_weights, publish
 
 LOGGER = logging.getLogger("tests")
 

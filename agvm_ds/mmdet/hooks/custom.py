@@ -10,8 +10,8 @@ from mmcv.runner.hooks import CheckpointHook, EMAHook
 from mmdet.core.hook import ExpMomentumEMAHook, LinearMomentumEMAHook
 from mmdet.core.hook.ema import BaseEMAHook
 
-from agvm_ds.mmdet.ema import EngineEMAHook, EngineExpMomentumEMAHook, EngineLinearMomentumEMAHook
-from agvm_ds.mmdet.hooks import EngineCheckpointHook
+from agvm_ds.mmdet.hooks.checkpoints import EngineCheckpointHook
+from agvm_ds.mmdet.hooks.ema import EngineEMAHook, EngineExpMomentumEMAHook, EngineLinearMomentumEMAHook
 
 EMA_HOOKS: Mapping[type, type] = {
     EMAHook: EngineEMAHook,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from agvm_ds.mmdet.errors import HostError
-from agvm_ds.mmdet.outputs import make_folder, refuse_unwritable, written_whole
+from agvm_ds.mmdet.process.errors import HostError
+from agvm_ds.mmdet.process.outputs import make_folder, refuse_unwritable, written_whole
 
 
 def test_a_file_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

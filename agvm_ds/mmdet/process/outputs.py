@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from agvm_ds.mmdet.errors import HostError
+from agvm_ds.mmdet.process.errors import HostError
 
 
 def refuse_unwritable(option: str, file: Path) -> None:

@@ -29,7 +29,7 @@ from torch.distributed import DistError
 
 from agvm_ds.checkpoints import NotWrittenError
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.errors import EXIT_RANK_DIED, HostLost, RankDied
+from agvm_ds.mmdet.process.errors import EXIT_RANK_DIED, HostLost, RankDied
 
 EXIT_PREEMPTED = 143
 """As a shell says of a process that SIGTERM ended: 128 + 15."""

@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm
 from mmdet.models import BaseDetector
 
-from agvm_ds.mmdet.signals import RankWatch
+from agvm_ds.mmdet.process.signals import RankWatch
 
 WIDTH = 64
 """Numbers that the ranks share: how many losses there are, how many ranks are asked to stop, and the losses.

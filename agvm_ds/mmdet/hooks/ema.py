@@ -16,8 +16,8 @@ from mmcv.runner import HOOKS
 from mmcv.runner.hooks import EMAHook
 from mmdet.core.hook import ExpMomentumEMAHook, LinearMomentumEMAHook
 
+from agvm_ds.mmdet.detector.weights import StateDict
 from agvm_ds.mmdet.evaluate import broadcast_object
-from agvm_ds.mmdet.weights import StateDict
 from agvm_ds.shards import cut, gathered, shards_of
 
 

@@ -20,9 +20,9 @@ from torch import nn
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.checks.image_names import names_of
-from agvm_ds.mmdet.losses import Losses
-from agvm_ds.mmdet.modules import modules_of
-from agvm_ds.mmdet.overflow import loss_scaled, skip_in_every_stage
+from agvm_ds.mmdet.detector.losses import Losses
+from agvm_ds.mmdet.detector.modules import modules_of
+from agvm_ds.mmdet.detector.overflow import loss_scaled, skip_in_every_stage
 from agvm_ds.mmdet.randomness import random_state, set_random_state, untouched_randomness
 
 KEY = "max_nonfinite_updates"

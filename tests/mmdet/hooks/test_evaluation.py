@@ -16,9 +16,9 @@ from mmdet.core.evaluation.eval_hooks import EvalHook
 from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet import hooks
 from agvm_ds.mmdet.evaluate import Metrics
-from agvm_ds.mmdet.hooks import EngineEvalHook
+from agvm_ds.mmdet.hooks import evaluation
+from agvm_ds.mmdet.hooks.evaluation import EngineEvalHook
 
 EPOCHS = 6
 SCORES = [0.3, 0.5, 0.2, 0.4, 0.5, 0.6]
@@ -62,7 +62,7 @@ class Engine(EngineEvalHook):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "broadcast_object", lambda value: value)
+    monkeypatch.setattr(evaluation, "broadcast_object", lambda value: value)
     monkeypatch.setattr(mmdet.apis, "single_gpu_test", lambda *_, **__: [])
 
 
@@ -117,7 +117,7 @@ def test_the_best_checkpoint_is_mmdets(name: str, tmp_path: Path) -> None:
 def test_rank_0_alone_removes_the_best_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks that remove one file are a race."""
     scores = iter([Metrics({"bbox_mAP": 0.1}), Metrics({"bbox_mAP": 0.2})])
-    monkeypatch.setattr(hooks, "broadcast_object", lambda value: next(scores))
+    monkeypatch.setattr(evaluation, "broadcast_object", lambda value: next(scores))
     loader: Any = torch.utils.data.DataLoader(Scored("bbox_mAP", []))
     hook = Engine(loader, save_best="bbox_mAP", detector=nn.Identity(), engine=SimpleNamespace(global_steps=0))
     runner = Runner(tmp_path / "other", {})

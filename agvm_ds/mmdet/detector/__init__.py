@@ -1,0 +1,1 @@
+"""The detector as it is trained: its step, its modules, its numbers and its weights."""
