@@ -135,14 +135,23 @@ class Study:
         return _few(chosen.with_(series=series, batch=cell.batch))
 
     def halfway(self, cell: Cell) -> list[Run]:
-        """The cell's runs at the rate between its chosen one and the better of that one's neighbours (geometric mean)."""
+        """The cell's runs at its halfway rate, then at those of the base's other METHODS_HALFWAY: each is seen at all."""
         chosen = self.chosen(cell)
         if chosen is None:
             return []
+        others = (replace(cell, method=method) for method in METHODS_HALFWAY)
+        rates = dict.fromkeys(rate for one in (cell, *others) if (rate := self._halfway_rate(one)))
+        return [chosen.with_(series="halfway", rate=rate, seed=seed) for rate in rates for seed in SEEDS]
+
+    def _halfway_rate(self, cell: Cell) -> float | None:
+        """Between the cell's chosen rate and the better of that one's neighbours (geometric mean)."""
+        chosen = self.chosen(cell)
+        if chosen is None:
+            return None
         runs = self.choosing(cell)
         place = runs.index(chosen)
         better = max(runs[max(place - 1, 0) : place] + runs[place + 1 : place + 2], key=self._score)
-        return [chosen.with_(series="halfway", rate=(chosen.rate * better.rate) ** 0.5, seed=seed) for seed in SEEDS]
+        return float((chosen.rate * better.rate) ** 0.5)
 
     def causes(self, base: str) -> dict[str, tuple[list[Run], list[Run]]]:
         """A guess why AGVM does no more at the central batch -> (plain, what the guess is tried with), at their chosen rates.

@@ -47,7 +47,7 @@ METHODS_AT = {64: METHODS, 16: METHODS[:2], 32: METHODS[:1]}
 METHODS_AT_EQUAL_UPDATES = METHODS[:3]
 """At every batch."""
 METHODS_HALFWAY = METHODS[:2]
-"""At the central batch also with a rate between two of the search's."""
+"""At the central batch also with rates between two of the search's."""
 MODULATED = ("SGD", "AdamW")
 """Bases of every method."""
 ALONE = ("LAMB", "LARS")

@@ -43,12 +43,12 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         yield f"![{Path(name).stem.replace('_', ', ')}](study/{name})"
 
 
-HALFWAY = f"A rate between two of the search's, at batch {CENTRAL_BATCH}"
+HALFWAY = f"Rates between those of the search, at batch {CENTRAL_BATCH}"
 NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
     "edge of the rates tried. (k): only k seeds yet.",
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
-    HALFWAY: "The geometric mean of the chosen rate and the better of its two neighbours; seeds 1 to 4.",
+    HALFWAY: "Each method's chosen rate, and what is halfway to the better of its two neighbours, for both; seeds 1 to 4.",
     "Accuracy at equal updates": f"As many updates as at {CENTRAL_BATCH}, at the rate that was chosen there; seeds 1 and 2.",
     "Gradient variance by module and batch": "Mean Φ in the middle half of the plain run with seed 0, at the chosen "
     "rate (over the backbone's).",

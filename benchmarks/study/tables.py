@@ -100,17 +100,15 @@ def gain(study: Study, mine: Sequence[Run], theirs: Sequence[Run]) -> str:
 
 
 def halfway(study: Study) -> str:
-    """Methods at the central batch: at their chosen rate, and at one halfway to its better neighbour."""
+    """Methods at the central batch by rate: at their chosen ones and at those halfway; and pairwise's gain over plain."""
     rows = []
     for base in MODULATED:
-        for method in METHODS_HALFWAY:
-            cell = Cell(base, method, CENTRAL_BATCH)
-            pair = study.reported(cell), study.halfway(cell)
-            texts = [spread(scores(study, runs)) for runs in pair]
-            if all(texts):
-                found = (f"{text} at {runs[0].rate:.3g}" for text, runs in zip(texts, pair, strict=True))
-                rows.append([title(base, method), *found])
-    return table(["method", "at the chosen rate", "halfway"], rows)
+        cells_ = [Cell(base, method, CENTRAL_BATCH) for method in METHODS_HALFWAY]
+        runs = [[*study.reported(cell), *study.halfway(cell)] for cell in cells_]
+        for rate in sorted({run.rate for some in runs for run in some}):
+            pair = [[run for run in some if run.rate == rate] for some in runs]
+            rows.append([base, f"{rate:.3g}", *(spread(scores(study, one)) for one in pair), gain(study, *pair[::-1])])
+    return table(["base", "rate", *METHODS_HALFWAY, "gain"], [row for row in rows if any(row[2:])])
 
 
 def tried(study: Study) -> str:

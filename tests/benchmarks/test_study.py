@@ -111,10 +111,24 @@ def test_halfway_is_between_the_chosen_rate_and_its_better_neighbour() -> None:
         assert runs[0].rate == pytest.approx(0.01 * 2**0.5)
         assert all(line["run"]["rate"] != runs[0].rate for line in study.first_runs(Cell("SGD", method, 64)))
     assert Study([]).halfway(Cell("SGD", "plain", 64)) == []
-    rows = tables.halfway(study).splitlines()
-    assert (
-        len(rows) == 6 and rows[2].startswith("| SGD | ") and "0.701" not in rows[2] and rows[2].endswith("at 0.0141 |")
-    )
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.halfway(study).splitlines()[2:]]
+    assert [row[:2] for row in rows[:2]] == [["SGD", "0.01"], ["SGD", "0.0141"]] and len(rows) == 4
+    assert {row[-1] for row in rows} == {"+0.000 ± 0.000"}
+
+
+def test_each_method_is_seen_at_the_others_halfway_rate() -> None:
+    """Plain is best at 0.012, pairwise at 0.008: both choose 0.01, and their better neighbours are on either side."""
+    best = {"pairwise": 0.008}
+    made = whole(lambda run: 0.7 - 0.05 * abs(math.log2(run.rate / best.get(run.method, 0.012))) + 0.001 * run.seed)
+    study = Study(made)
+    above, below = 0.01 * 2**0.5, 0.01 / 2**0.5
+    for method, rates in {"plain": [above, below], "pairwise": [below, above]}.items():
+        runs = study.halfway(Cell("SGD", method, 64))
+        assert list(dict.fromkeys(run.rate for run in runs)) == pytest.approx(rates) and len(runs) == 8
+        assert all(run.key in study.known for run in runs)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.halfway(study).splitlines()[2:5]]
+    assert [row[1] for row in rows] == ["0.00707", "0.01", "0.0141"]
+    assert [row[4][:6] for row in rows] == ["+0.029", "-0.003", "-0.029"]
 
 
 def test_each_guess_why_is_one_change_from_what_was_reported() -> None:
