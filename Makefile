@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-faults test-hosts bench recipes detectors study study-report docs lint doctor clean
+.PHONY: help setup demo test test-extended test-faults test-hosts bench recipes detectors study study-report docs lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Made again when the wanted versions or the way to install them change.
 $(STAMP): pyproject.toml setup.py constraints.txt scripts/install.py scripts/build_mmcv.py
@@ -29,6 +29,9 @@ demo: $(STAMP) ## train a small detector with AGVM on two ranks, then its mAP (a
 
 test: lint ## lint, then all tests, two files of them at a time: ranks wait for one another often enough
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-extended: $(STAMP) ## one more kind of what many tests show, not in make test (about 17 minutes)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m extended --ignore tests/hosts
 
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)
 	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py

@@ -25,22 +25,15 @@ class JsonLines:
     """A listener that appends one line a measured update to ``path``.
 
     {"update", "samples", "anchor", "modules": {name: {quantity: number}}}: ``samples`` counts images up to and including the
-    update, the quantities are those of ``columns_of``, undefined values are null. Lines from ``controller.steps`` on, left
-    by a run that went further than its last checkpoint, are dropped at the start, and so are unfinished ones.
+    update, the quantities are those of ``columns_of``, undefined values are null. Lines from ``controller.steps`` on are
+    dropped at the start: see ``keep_before``.
     """
 
     def __init__(self, path: Path, controller: Controller) -> None:
         self.path = path
         self.controller = controller
-        self._keep_before(controller.steps)
-
-    def _keep_before(self, update: int) -> None:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _update_of(line) < update]
-        if kept != lines or not self.path.exists():
-            draft = self.path.with_suffix(".tmp")
-            draft.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(draft, self.path)
+        keep_before(path, controller.steps)
+        path.touch()
 
     def __call__(self, measure: Measure) -> None:
         with self.path.open("a") as file:
@@ -52,6 +45,16 @@ class JsonLines:
         modules = {name: {key: plain_number(column[name]) for key, column in columns.items()} for name in names}
         samples = int(self.controller.shards.engine.global_samples)
         return {"update": measure.update, "samples": samples, "anchor": self.controller.anchor, "modules": modules}
+
+
+def keep_before(path: Path, update: int) -> None:
+    """Drop the lines from this update on, which a run has left that went further than its checkpoint; unfinished ones too."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _update_of(line) < update]
+    if kept != lines:
+        draft = path.with_suffix(".tmp")
+        draft.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(draft, path)
 
 
 def _update_of(line: str) -> float:

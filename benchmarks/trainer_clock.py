@@ -62,10 +62,9 @@ class Stopwatch:
         self._within[-1] += seconds
 
     def timed(self, owner: Any, names: str, phase: str) -> None:
-        """Time every call of these functions of ``owner`` (those it has) from now on."""
+        """Time every call of these functions of ``owner`` from now on."""
         for name in names.split():
-            if hasattr(owner, name):
-                setattr(owner, name, self._timed(getattr(owner, name), phase))
+            setattr(owner, name, self._timed(getattr(owner, name), phase))
 
     def _timed(self, function: Any, phase: str) -> Any:
         @functools.wraps(function)
@@ -165,7 +164,8 @@ class TrainerClock(Hook):
         timed(engine, "step", STEP)
         timed(engine, "save_checkpoint", STATE_FILES)
         timed(engine, "allreduce_gradients _backward_epilogue", REDUCTION)
-        timed(engine.optimizer, "reduce_ready_partitions_and_remove_grads", REDUCTION)
+        if engine.zero_optimization():
+            timed(engine.optimizer, "reduce_ready_partitions_and_remove_grads", REDUCTION)
         timed(DeepSpeedZeRoOffload, "pre_sub_module_forward_function post_sub_module_forward_function", REDUCTION)
         timed(DeepSpeedZeRoOffload, "pre_sub_module_backward_function post_sub_module_backward_function", REDUCTION)
 

@@ -67,11 +67,11 @@ def backward(engine: Any, t: int, k: int, scale: float = 1.0, torch_backward: bo
     return loss.item()
 
 
-def update(engine: Any, t: int, torch_backward: bool = False) -> list[float]:
+def update(engine: Any, t: int, torch_backward: bool = False, scale: float = 1.0) -> list[float]:
     """One update of the global batch; this rank's losses."""
     losses = []
     for k in range(engine.gradient_accumulation_steps()):
-        losses.append(backward(engine, t, k, torch_backward=torch_backward))
+        losses.append(backward(engine, t, k, scale, torch_backward))
         engine.step()
     return losses
 

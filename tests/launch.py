@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -122,3 +123,12 @@ def launch_port() -> Iterator[int]:
     finally:
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             buffer.unlink(missing_ok=True)
+
+
+def until(true: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is true. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds} s")
+        time.sleep(0.05)

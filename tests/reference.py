@@ -31,6 +31,7 @@ class Reference:
     decay: float = 0.9
     eps: float = 1e-6
     bounds: tuple[float, float] = (0.5, 10.0)
+    modulate: bool = True
     max_norm: float = 0.0
     clip_window: tuple[int, int] | None = None
     base: type[torch.optim.Optimizer] = torch.optim.SGD
@@ -111,7 +112,7 @@ class Reference:
                     r = math.sqrt(min(max(ratio, self.bounds[0]), self.bounds[1]))
                     self.mu[name] = self.decay * self.mu[name] + (1 - self.decay) * r
         mean = {name: sum(g[name] for g in micro) / self.n for name in self.by_module}
-        self.step(mean, self.clip(mean, t), self.mu if active else dict.fromkeys(self.mu, 1.0))
+        self.step(mean, self.clip(mean, t), self.mu if active and self.modulate else dict.fromkeys(self.mu, 1.0))
 
     def clip(self, mean: dict[str, torch.Tensor], t: int) -> float:
         """The factor that clipping puts on the global gradient."""
@@ -129,10 +130,6 @@ class Reference:
             for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.grad = (clip * piece).view_as(parameter)
         self.optimizer.step()
-
-    def parameters(self) -> dict[str, list[float]]:
-        """name -> values, for comparison."""
-        return {name: p.detach().flatten().tolist() for name, p in self.model.named_parameters()}
 
 
 class Lion(torch.optim.Optimizer):

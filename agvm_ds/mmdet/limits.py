@@ -100,6 +100,5 @@ def _bad_updates(cfg: Config) -> Iterator[str]:
 
 def _writers(plan: Plan) -> Iterator[str]:
     """A checkpoint's digests are taken when DeepSpeed has come back from writing it."""
-    checkpoint = plan.deepspeed.get("checkpoint") or {}
-    if checkpoint.get("writer") or (plan.deepspeed.get("nebula") or {}).get("enabled"):
-        yield "DeepSpeed JSON: checkpoint.writer or nebula: writes checkpoints later, when their digests are taken already"
+    if (plan.deepspeed.get("checkpoint") or {}).get("writer"):
+        yield "DeepSpeed JSON: checkpoint.writer: writes checkpoints later, when their digests are taken already"

@@ -50,7 +50,7 @@ from agvm_ds.mmdet.progress import ProgressHook, waiting
 from agvm_ds.mmdet.record import write_record
 from agvm_ds.mmdet.rehearsal import warm_up_updates
 from agvm_ds.mmdet.summary import summarize
-from agvm_ds.monitor import FILE_NAME, JsonLines
+from agvm_ds.monitor import FILE_NAME, JsonLines, keep_before
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,10 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     else:
         runner.set_earlier_aside()
     write_record(cfg, plan, runner, updates)
-    if engine.agvm is not None and engine.global_rank == 0:
-        engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
+    if engine.global_rank == 0:
+        keep_before(work_dir / FILE_NAME, engine.global_steps)
+        if engine.agvm is not None:
+            engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
     logger.info("waiting for the first update and its data ...")
     with ProgressHook() as progress:
         runner.register_hook(progress, priority="VERY_LOW")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.communication import SMALL, Call, Collectives, counted, counted_as_one_of
+from benchmarks.communication import SMALL, Call, Collectives, added_seconds, counted, counted_as_one_of
 from benchmarks.links import Cluster, gbit, total
 from benchmarks.workloads import parameters_of
 from tests.launch import CONTEXT, run_ranks
@@ -62,6 +62,22 @@ def _more(found: dict[str, list[Call]], way: str) -> list[Call]:
     for call in found["a group a module"]:
         left.remove(call)
     return left
+
+
+def test_a_collective_that_is_not_known_is_not_passed_over(tmp_path: Path) -> None:
+    assert run_ranks(_barrier, 1, tmp_path) == ["barrier: a collective that is not counted; KINDS names those that are"]
+
+
+def _barrier() -> str:
+    with pytest.raises(NotImplementedError) as caught, Collectives():
+        torch.distributed.barrier()
+    return str(caught.value)
+
+
+def test_the_groups_are_paid_for_in_every_update() -> None:
+    seconds = {"plain": 1.0, "a group a module": 1.5, "pairwise": 1.7}
+    assert added_seconds(seconds, "pairwise", 1) == pytest.approx(0.7)
+    assert added_seconds(seconds, "pairwise", 10) == pytest.approx(0.52)
 
 
 def test_links_are_the_hierarchical_ring() -> None:

@@ -33,8 +33,10 @@ class Sleeper:
 def test_what_is_timed_within_a_phase_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     watch, sleeper = Stopwatch(), Sleeper()
     monkeypatch.setattr("benchmarks.trainer_clock.time.monotonic", lambda: sleeper.now)
-    watch.timed(sleeper, "outer absent", "outer")
+    watch.timed(sleeper, "outer", "outer")
     watch.timed(sleeper, "inner", "inner")
+    with pytest.raises(AttributeError, match="absent"):
+        watch.timed(sleeper, "absent", "a phase of no time")
     sleeper.outer()
     assert watch.spent == {"inner": 6, "outer": 2}
     assert watch.outermost == 8

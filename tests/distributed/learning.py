@@ -7,7 +7,13 @@ from typing import Any
 
 from tests.trainer import Outcome, cfg_options, data_options, launch, write_config, write_json
 
-BY_HEART = {"runner.max_epochs": 48, "lr_config.warmup_iters": 8, "evaluation.interval": 100, "log_config.interval": 1}
+BY_HEART = {
+    "runner.max_epochs": 48,
+    "lr_config.warmup_iters": 8,
+    "evaluation.interval": 100,
+    "checkpoint_config.interval": 48,
+    "log_config.interval": 1,
+}
 AFTER = {"runner.max_epochs": 1, "lr_config": "None", "optimizer.lr": 1e-4, "evaluation.interval": 1}
 
 

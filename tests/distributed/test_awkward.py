@@ -73,21 +73,35 @@ def left_early(run: Run) -> Any:
         return messages, before, dict(engine.agvm.scale_factors), engine.agvm.measured
 
 
-def in_turn(run: Run) -> list[float]:
-    """The variances of a module of which a part has gradients in every second update; nothing moves."""
-    stage, _, estimator = run
-    found: list[float] = []
-    for offload in (False, True) if stage else (False,):
-        settings = config((stage, "SGD", estimator), modules={"backbone": ["backbone"], "pair": ["neck", "aux_head"]})
-        settings["optimizer"]["params"] |= {"lr": 0.0}
-        if offload:
-            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        with started(settings, Early()) as engine:
+def still(run: Run, **more: Any) -> dict[str, Any]:
+    """A configuration with which nothing moves; an Adam then sees, to some digits, the gradient itself."""
+    settings = config(run, **more)
+    settings["optimizer"]["params"] |= {"lr": 0.0}
+    if run[1] == "AdamW":
+        settings["optimizer"]["params"] |= {"betas": [0.9, 1 - 1e-12], "eps": 1.0}
+    return settings
+
+
+PAIR = {"backbone": ["backbone"], "pair": ["neck", "aux_head"]}
+
+
+def in_turn(run: Run) -> tuple[list[float], list[float]]:
+    """The variances of a module of which a part has gradients in every second update, and those of its other part."""
+    settings = [still(run, modules=PAIR), still(run)]
+    if run[0]:
+        settings.append(still(run, modules=PAIR) | {"zero_optimization": OFFLOADED | {"stage": run[0]}})
+    found: dict[str, list[float]] = {"pair": [], "neck": []}
+    for one in settings:
+        with started(one, Early()) as engine:
             for t in range(4):
                 engine.module.early = t % 2 == 0
                 update(engine, t)
-                found.append(engine.agvm.variances["pair"])
-    return found
+                name = "pair" if "pair" in engine.agvm.variances else "neck"
+                found[name].append(engine.agvm.variances[name])
+    return found["pair"], found["neck"]
+
+
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 
 
 def uneven(run: Run) -> Any:
@@ -105,10 +119,7 @@ def uneven(run: Run) -> Any:
 
 def after_a_short_update(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """The variances of an update before and after one that the caller has cut short; nothing moves."""
-    stage, _, estimator = run
-    settings = config((stage, "SGD", estimator), accumulation=4)
-    settings["optimizer"]["params"] |= {"lr": 0.0}
-    with started(settings) as engine:
+    with started(still(run, accumulation=4)) as engine:
         update(engine, 0)
         before = dict(engine.agvm.variances)
         engine.set_gradient_accumulation_boundary(True)
@@ -148,7 +159,7 @@ def one_after_another(run: Run) -> tuple[int, int, list[str]]:
     """Engines on one model, with AGVM, without, and with it again: none feels the one before."""
     model, counts = Toy(), []
     for block in (EVERY, None, EVERY):
-        settings = ds_config(run[0], 2, "SGD", None if block is None else block | {"estimator": run[2]})
+        settings = ds_config(run[0], 2, run[1], None if block is None else block | {"estimator": run[2]})
         with started(settings, model) as engine:
             update(engine, 0)
             counts.append(engine.agvm and engine.agvm.measured)
@@ -198,8 +209,11 @@ def kept(engine: Any) -> int:
 
 
 CHECKS = [no_longer_used, frozen_later, left_early, memory, in_turn, uneven]
-ALONE = [used_twice, after_a_short_update, broken_off, one_after_another, given_otherwise]
+ALONE = [used_twice, after_a_short_update, broken_off]
 """In one rank; a model that fails, or is cut short, in ZeRO stages that go on by themselves."""
+OF_SGD = [one_after_another, given_otherwise]
+RUNS_ALONE = [run for run in RUNS if run[0] < 2]
+RUNS_OF_SGD = [run for run in RUNS_ALONE if run[1] == "SGD"]
 
 
 def everything() -> dict[str, dict[Run, Any]]:
@@ -208,7 +222,8 @@ def everything() -> dict[str, dict[Run, Any]]:
 
 
 def in_one_rank() -> dict[str, dict[Run, Any]]:
-    return {check.__name__: {run: check(run) for run in RUNS if run[0] < 2} for check in ALONE}
+    found = {check.__name__: {run: check(run) for run in RUNS_ALONE} for check in ALONE}
+    return found | {check.__name__: {run: check(run) for run in RUNS_OF_SGD} for check in OF_SGD}
 
 
 @pytest.fixture(scope="module")
@@ -263,12 +278,17 @@ def test_an_update_of_other_than_n_micro_batches_is_not_measured(run: Run, found
 
 @every_run
 def test_a_part_without_gradient_counts_as_zero_in_every_stage(run: Run, found: dict[str, Any]) -> None:
-    """In stage 3, and with ZeRO-Offload, DeepSpeed shows its last gradient again; stage 0 and the others show zero."""
-    expected = found["in_turn"][(0, *run[1:])]
+    """In stage 3, and with ZeRO-Offload, DeepSpeed shows its last gradient again; stage 0 and the others show zero.
+
+    Every second update the module's variance is that of the part that has a gradient.
+    """
+    pair, neck = found["in_turn"][run]
+    expected = found["in_turn"][(0, "SGD", run[2])][0]
     assert all(0 < value < 2 for value in expected)
-    times = len(found["in_turn"][run]) // 4
-    assert found["in_turn"][run] == pytest.approx(expected * times, rel=1e-5)
-    assert times == (2 if run[0] else 1)
+    assert len(pair) == (8 if run[0] else 4)
+    assert pair == pytest.approx(expected * (len(pair) // 4), rel=1e-5)
+    assert expected[1::2] == pytest.approx(neck[1::2], rel=1e-5)
+    assert abs(expected[0] - neck[0]) > 1e-3, "both have one in the others"
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run[0] < 2], ids=str)
@@ -293,7 +313,8 @@ def test_what_is_kept_is_one_bucket_and_one_shard(run: Run, found: dict[str, Any
         assert shard - LARGEST < during < shard + 2 * LARGEST
 
 
-in_one = pytest.mark.parametrize("run", [run for run in RUNS if run[0] < 2], ids=str)
+in_one = pytest.mark.parametrize("run", RUNS_ALONE, ids=str)
+of_sgd = pytest.mark.parametrize("run", RUNS_OF_SGD, ids=str)
 
 
 @in_one
@@ -315,12 +336,12 @@ def test_a_backward_that_failed_leaves_its_update_unmeasured(run: Run, alone: di
     assert measured == 1
 
 
-@in_one
+@of_sgd
 def test_an_engine_does_not_feel_the_one_before_on_its_model(run: Run, alone: dict[str, Any]) -> None:
     assert alone["one_after_another"][run] == (1, 1, []), "measures, and parameters with hooks"
 
 
-@in_one
+@of_sgd
 def test_what_deepspeed_leaves_out_is_not_measured(run: Run, alone: dict[str, Any]) -> None:
     variances = alone["given_otherwise"][run]
     assert 0 < variances["neck"] < 2 and 0 < variances["rpn_head"] < 2

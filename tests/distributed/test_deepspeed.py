@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from tests.engines import ds_config, parameters, update
@@ -19,13 +20,16 @@ from tests.options import fp16_by_a_cpu
 from tests.toy import Toy
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+RATE = 0.05
 
 
-def plain(model: Toy, stage: int, fp16: Any = None, **zero: Any) -> Any:
+def plain(model: Toy, stage: int, fp16: Any = None, clipping: float | None = 0.0, **zero: Any) -> Any:
     """An engine without AGVM: SGD without momentum or decay."""
-    config = ds_config(stage, 2, agvm=None, zero_allow_untested_optimizer=True)
+    config = ds_config(stage, 2, agvm=None, zero_allow_untested_optimizer=True, gradient_clipping=clipping)
     config |= {"fp16": fp16} if fp16 else {}
-    config["optimizer"]["params"] = {"lr": 0.05}
+    if clipping is None:
+        del config["gradient_clipping"]
+    config["optimizer"]["params"] = {"lr": RATE}
     config["zero_optimization"] |= zero
     trained = [p for p in model.parameters() if p.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
@@ -78,6 +82,19 @@ def with_fp16(stage: int) -> float:
     return distance
 
 
+def by_default(stage: int) -> tuple[float, float]:
+    """How far the parameters go in an update of a large gradient: without a word about clipping, and clipped to norm 1."""
+    found = []
+    for clipping in (None, 1.0):
+        engine = plain(Toy(), stage, clipping=clipping)
+        before = parameters(engine)
+        update(engine, 0, scale=1e3)
+        moved = [(value - before[name]).square().sum() for name, value in parameters(engine).items()]
+        found.append(float(torch.stack(moved).sum().sqrt()))
+        engine.destroy()
+    return found[0], found[1]
+
+
 def everything() -> dict[str, Any]:
     """In a rank: the figures of all notes."""
     return {
@@ -85,6 +102,7 @@ def everything() -> dict[str, Any]:
         "looked up": (looked_up(False), looked_up(True)),
         "grown": (grown(1000), grown(1)),
         "fp16": (with_fp16(0), with_fp16(1)),
+        "clipping": [by_default(stage) for stage in range(4)],
     }
 
 
@@ -110,15 +128,21 @@ def test_a_growing_loss_scale_makes_its_update_smaller(found: dict[str, Any]) ->
     assert growing < 0.8 * steady
 
 
-def some_ranks_only() -> None:
-    engine = plain(Sometimes(), 2)
+def test_it_clips_to_norm_1_unless_told_otherwise(found: dict[str, Any]) -> None:
+    for default, clipped in found["clipping"]:
+        assert default == clipped == pytest.approx(RATE, rel=1e-3)
+
+
+def some_ranks_only(stage: int) -> None:
+    engine = plain(Sometimes(), stage)
     for t in range(6):
         update(engine, t)
 
 
 def test_stage_2_does_not_survive_a_gradient_on_some_ranks_only(tmp_path: Path) -> None:
+    run_ranks(some_ranks_only, 2, tmp_path, 1)
     with pytest.raises(RankFailure):
-        run_ranks(some_ranks_only, 2, tmp_path, timeout=60)
+        run_ranks(some_ranks_only, 2, tmp_path, 2, timeout=60)
 
 
 def test_fp16_in_stage_0_trains_nothing(found: dict[str, Any]) -> None:

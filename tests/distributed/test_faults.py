@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +20,7 @@ from agvm_ds.demo.data import ensure
 from tests.faults.processes import config_lines
 from tests.faults.runs import EPOCH, Runs, published
 from tests.faults.table import survived
-from tests.launch import launch_port
+from tests.launch import launch_port, until
 from tests.trainer import ROOT
 
 EXIT_PREEMPTED = 143
@@ -106,18 +105,18 @@ def test_sigterm_while_evaluating(runs: Runs) -> None:
 @contextmanager
 def waiting(runs: Runs, work: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A launch by DeepSpeed's launcher, which waits in update 8 until the end of the context; then it has ended."""
-    waits, until = work.with_suffix(".waits"), work.with_suffix(".until")
-    fault = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(until))
+    waits, goes_on = work.with_suffix(".waits"), work.with_suffix(".until")
+    fault = config_lines("Waiting", update=EPOCH + 2, waits=str(waits), until=str(goes_on))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with launch_port() as port, work.with_suffix(".txt").open("w") as log:
         words = ["deepspeed", "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/train.py")]
         command = [*words, *runs.words(work, fault)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        _until(waits.exists)
+        until(waits.exists, 90)
         yield process
-        until.touch()
+        goes_on.touch()
         process.wait(timeout=120)
-        _until(lambda: not _in_group(process.pid))  # DeepSpeed's launcher outlives its command
+        until(lambda: not _in_group(process.pid), 90)  # DeepSpeed's launcher outlives its command
 
 
 def test_sigterm_to_the_launcher(runs: Runs) -> None:
@@ -141,13 +140,6 @@ def _in_group(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _until(true: Any, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any]
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_it_is_the_official_history(run: tuple[int, int], runs: dict[tuple[int, int], Any]) -> None:
-    """Within 2e-5, fp32 against fp32 (measured: 6e-8 in the scale factors, 6e-8 in the parameters)."""
+    """Fp32 against fp32: measured, 6e-8 in the scale factors and in the parameters."""
     history, last = runs[run]
     official = HISTORY["scale_factors"]
     assert list(history[0]) == HISTORY["modules"]
@@ -76,8 +76,8 @@ def test_it_is_the_official_history(run: tuple[int, int], runs: dict[tuple[int, 
     )
     values = max((last[name].flatten() - torch.tensor(v)).abs().max().item() for name, v in HISTORY["params"].items())
     print(f"stage {run[0]}, buckets of {run[1]}: scale factors {factors:.1e}, parameters {values:.1e}")
-    assert factors < 2e-5
-    assert values < 2e-5
+    assert factors < 5e-7
+    assert values < 5e-7
 
 
 def test_the_history_moves() -> None:

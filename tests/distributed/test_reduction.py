@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -13,8 +16,9 @@ import torch
 import agvm_ds
 from agvm_ds import AGVM, param_groups
 from tests import options
-from tests.engines import AGVM_BLOCK, ds_config, masters, parameters, update
+from tests.engines import AGVM_BLOCK, ROWS, ds_config, masters, parameters, update
 from tests.launch import run_ranks
+from tests.reference import Reference
 from tests.toy import Toy
 
 RANKS, ACCUMULATION, UPDATES = 2, 2, 4
@@ -96,8 +100,28 @@ def watched(setting: Setting, model: Toy) -> Any:
     return agvm_ds.initialize(model=model, config=setting.config(EVERY_UPDATE | {"modulate": False}))[0]
 
 
+def modulated(setting: Setting, model: Toy) -> Any:
+    return agvm_ds.initialize(model=model, config=setting.config(EVERY_UPDATE))[0]
+
+
+def modulated_by_args(setting: Setting, model: Toy) -> Any:
+    """As in DeepSpeed's examples: the configuration is a file that the command line names."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(setting.config(EVERY_UPDATE), file)
+        file.flush()
+        return agvm_ds.initialize(args=SimpleNamespace(deepspeed_config=file.name), model=model)[0]
+
+
+def modulated_by_hand(setting: Setting, model: Toy) -> Any:
+    return by_hand(setting, model, EVERY_UPDATE)
+
+
 def bounds_of_one_by_hand(setting: Setting, model: Toy) -> Any:
-    config = setting.config(EVERY_UPDATE | {"ratio_bounds": [1, 1]})
+    return by_hand(setting, model, EVERY_UPDATE | {"ratio_bounds": [1, 1]})
+
+
+def by_hand(setting: Setting, model: Toy, block: dict[str, Any]) -> Any:
+    config = setting.config(block)
     engine = deepspeed.initialize(model=model, optimizer=wrapped(setting, model), config=config)[0]
     agvm_ds.attach(engine)
     agvm_ds.attach(engine)  # a second call does nothing
@@ -140,6 +164,8 @@ REDUCED: dict[Start, Start] = {
     bounds_of_one: plain,
     watched: plain,
     bounds_of_one_by_hand: plain,
+    modulated_by_hand: modulated,
+    modulated_by_args: modulated,
     before_start: plain,
     one_module: plain_one_group,
     off: plain,
@@ -147,7 +173,7 @@ REDUCED: dict[Start, Start] = {
     off_json: plain_json,
     no_block_json: plain_json,
 }
-"""How a run with nothing to modulate is started -> its baseline."""
+"""How a run is started that has nothing to modulate, or whose pieces are put together by hand -> its baseline."""
 
 LESS = [bounds_of_one, watched, one_module, off]
 """What is tried with AdamW, with split and in bf16; the paths of the others are the same."""
@@ -167,6 +193,7 @@ class Outcome:
     parameters: dict[str, torch.Tensor]
     masters: dict[str, torch.Tensor]
     measured: int | None
+    scale_factors: dict[str, float]
 
 
 def outcome(start: Start, setting: Setting) -> Outcome:
@@ -174,7 +201,8 @@ def outcome(start: Start, setting: Setting) -> Outcome:
     engine = start(setting, Toy())
     losses = [loss for t in range(UPDATES) for loss in update(engine, t)]
     agvm = getattr(engine, "agvm", None)
-    found = Outcome(losses, parameters(engine), masters(engine), agvm.measured if agvm else None)
+    factors = dict(agvm.scale_factors) if agvm else {}
+    found = Outcome(losses, parameters(engine), masters(engine), agvm.measured if agvm else None, factors)
     engine.destroy()
     return found
 
@@ -210,10 +238,24 @@ def test_it_is_the_plain_optimizer(setting: Setting, start: Start, runs: list[di
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_and_it_did_measure(setting: Setting, runs: list[dict[tuple[str, str], Outcome]]) -> None:
     """The bounds and the single module are what makes the factors 1, not a measure that never took place."""
-    expected = {"bounds_of_one": UPDATES, "watched": UPDATES, "one_module": UPDATES, "off": None, "before_start": 0}
-    for (name, start), found in runs[0].items():
-        if name == str(setting) and start in expected:
-            assert found.measured == expected[start]
+    every = (bounds_of_one, watched, bounds_of_one_by_hand, modulated_by_hand, modulated_by_args, one_module)
+    expected = dict.fromkeys(every, UPDATES) | {before_start: 0}
+    for start in starts(setting):
+        assert runs[0][str(setting), start.__name__].measured == expected.get(start)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_only_watches_shows_the_factors_that_it_does_not_apply(stage: int, runs: list[Any]) -> None:
+    setting = Setting(stage)
+    settings = {"interval": 1, "start": 0, "max_norm": 0.3, "options": setting.arguments}
+    reference = Reference(ranks=RANKS, accumulation=ACCUMULATION, rows=ROWS, modulate=False, **settings)
+    for t in range(UPDATES):
+        reference.update(t)
+    found = runs[0][str(setting), "watched"].scale_factors
+    modulated_ones = runs[0][str(setting), "modulated"].scale_factors
+    apart = {name: abs(modulated_ones[name] - mu) for name, mu in reference.mu.items()}
+    assert max(apart.values()) > 2e-5, "those of a run that applies them are others"
+    assert max(abs(found[name] - mu) for name, mu in reference.mu.items()) < 1e-6
 
 
 def test_the_runs_are_not_all_the_same(runs: list[dict[tuple[str, str], Outcome]]) -> None:

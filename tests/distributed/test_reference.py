@@ -47,6 +47,9 @@ class Case:
     estimator: str = "pairwise"
     precondition: str = "none"
     bucket: int = 500_000_000
+    anchor: str = "backbone"
+    eps: float = 1e-6
+    bounds: tuple[float, float] = (0.5, 10.0)
 
     def __str__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -60,6 +63,7 @@ class Case:
         block = {"interval": self.interval, "start_step": self.start, "stop_step": self.stop, "ema_decay": 0.9}
         block |= {"precondition": self.precondition, "clip_window": self.clip_window}
         block |= {"estimator": self.estimator, "reduce_bucket_size": self.bucket}
+        block |= {"anchor": self.anchor, "eps": self.eps, "ratio_bounds": list(self.bounds)}
         more: dict[str, Any] = {"gradient_clipping": self.max_norm}
         more |= {"bf16": {"enabled": True}} if self.bf16 else {}
         more |= {"scheduler": {"type": "WarmupLR", "params": WARMUP}} if self.warmup else {}
@@ -98,6 +102,12 @@ EDGES = [
     Case(2, 1, 3, start=0, interval=1),
     Case(2, 1, 1, start=UPDATES),
 ]
+RATIO = [
+    Case(2, 2, stage, estimator=estimator, **key)
+    for stage in (0, 3)
+    for estimator in ("pairwise", "split")
+    for key in ({"anchor": "neck"}, {"eps": 0.1}, {"bounds": (0.9, 1.1)})
+]
 SCHEDULED = [Case(2, 1, stage, warmup=True) for stage in STAGES]
 BF16 = [
     Case(ranks, gas, stage, bf16=True, estimator=estimator)
@@ -105,7 +115,7 @@ BF16 = [
     for estimator in ("pairwise", "split")
     for stage in STAGES
 ]
-CASES = [*FP32, *SPLIT, *PRECONDITIONED, *BUCKETS, *CLIPPED, *EDGES, *SCHEDULED, *BF16]
+CASES = [*FP32, *SPLIT, *PRECONDITIONED, *BUCKETS, *CLIPPED, *EDGES, *RATIO, *SCHEDULED, *BF16]
 
 Runs = Callable[[Case], list[Record]]
 
@@ -148,6 +158,9 @@ def expected(case: Case) -> list[Expected]:
         stop=case.stop,
         max_norm=case.max_norm,
         clip_window=case.clip_window,
+        anchor=case.anchor,
+        eps=case.eps,
+        bounds=case.bounds,
         base=BASES[case.base],
         options=case.options(),
     )
@@ -194,6 +207,13 @@ def test_clipping_limits_the_step_and_not_the_statistics(case: Case, runs: Runs)
 @pytest.mark.parametrize("case", EDGES, ids=str)
 def test_start_and_stop_are_the_first_and_last_modulated_updates(case: Case, runs: Runs) -> None:
     check(case, runs(case), FIGURE)
+
+
+@pytest.mark.parametrize("case", RATIO, ids=str)
+def test_anchor_eps_and_bounds_are_those_of_the_block(case: Case, runs: Runs) -> None:
+    check(case, runs(case), FIGURE)
+    usual = Case(case.ranks, case.accumulation, case.stage, estimator=case.estimator)
+    assert compare(runs(case), expected(usual)).scale_factors > 1e-3, "it makes a difference"
 
 
 @pytest.mark.parametrize("case", SCHEDULED, ids=str)

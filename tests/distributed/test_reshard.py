@@ -42,6 +42,7 @@ def targets(source: Run, ranks: int) -> list[Run]:
     if ranks == 3:
         moved.append(replace(source, ranks=ranks, stage=(source.stage + 2) % 4, modules=tuple(MODULES[:2])))
         moved.append(replace(source, ranks=ranks, agvm=False))
+        moved.append(replace(source, ranks=ranks, stage=source.stage, bf16=not source.bf16))
     return moved
 
 
@@ -84,9 +85,16 @@ def sources(place: Path) -> dict[Run, Any]:
 
 
 def moments(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """name -> key -> the optimizer's state, as ``deepspeed.utils`` finds it; ZeRO only."""
-    config = engine._config.zero_config
-    if not engine.zero_optimization() or config.round_robin_gradients:  # with it DeepSpeed finds others' elements
+    """name -> key -> the optimizer's state, as ``deepspeed.utils`` finds it, or torch keeps it in stage 0."""
+    config, states = engine._config.zero_config, engine.basic_optimizer.state
+    if not engine.zero_optimization():  # in half precision it is of the fp32 copies, which have no names
+        named = engine.module.named_parameters()
+        return {
+            name: {key: v.clone() for key, v in states[p].items() if isinstance(v, torch.Tensor) and v.dim()}
+            for name, p in named
+            if p in states
+        }
+    if config.round_robin_gradients:  # with it DeepSpeed finds others' elements
         return {}
     if (
         engine.zero_optimization_stage() < 3
@@ -146,6 +154,7 @@ def after(place: Path, before: dict[Run, Any]) -> dict[tuple[Run, Run], Any]:
 def test_a_checkpoint_read_whole_is_what_the_engine_had(run: Run, place: Path, before: dict[Run, Any]) -> None:
     weights, states, _, _, published = before[run]
     assert identical(dict(sorted(published.items())), dict(sorted(weights.items()))), "what is evaluated and published"
+    assert bool(states) != (run.extra == "round robin" or (run.stage == 0 and run.bf16))
     saved = whole(place, run)
     assert identical(dict(sorted(saved.weights().items())), dict(sorted(weights.items())))
     for name, state in states.items():
@@ -163,7 +172,12 @@ def test_nothing_is_lost_in_another_layout(
     one, other = whole(place, source), whole(place / f"from {source}", run)
     assert lost == []
     assert steps == SAVED
-    assert identical(dict(sorted(one.weights().items())), dict(sorted(other.weights().items())))
+    rounded = "frozen" if run.bf16 and not source.bf16 else None  # of which bf16 keeps no fp32 copy
+    kept_weights = [
+        {name: value for name, value in sorted(state.weights().items()) if name.split(".")[0] != rounded}
+        for state in (one, other)
+    ]
+    assert identical(*kept_weights)
     for name in one.layout.parameters:
         assert identical(
             dict(sorted(one.parameter(name).state.items())), dict(sorted(other.parameter(name).state.items()))
@@ -172,6 +186,8 @@ def test_nothing_is_lost_in_another_layout(
         assert kept == before[source][2], "rates and decays are those of the checkpoint"
     if run.agvm and not run.modules:
         # aux_head has no gradient: DeepSpeed's stage 0 leaves it alone, the others step it with a gradient of zero.
-        names = [name for name in end if not name.startswith("aux_head")]
-        off = {name: (end[name] - before[source][3][name]).abs().max().item() for name in names}
-        assert max(off.values()) < (2e-2 if run.bf16 else 2e-6), off
+        names = [name for name in end if not name.startswith(("aux_head", "frozen"))]
+        begun, there = before[source][0], before[source][3]
+        off = {name: (end[name] - there[name]).abs().max().item() for name in names}
+        gone = max((there[name] - begun[name]).abs().max().item() for name in names)
+        assert max(off.values()) < (0.05 * gone if run.bf16 or source.bf16 else 2e-6), off

@@ -13,6 +13,7 @@ import torch
 
 from agvm_ds.demo.data import ensure
 from agvm_ds.mmdet.configs import detector_of, read_config
+from agvm_ds.mmdet.session import LOCK
 from tests.trainer import cfg_options, data_options, launch, write_config, write_json
 
 AGVM = {"precondition": "none"}
@@ -198,3 +199,8 @@ def test_a_mistake_is_told_once_and_ends_every_rank(name: str, tmp_path_factory:
     assert outcome.output.count("error: ") == 1, outcome.output
     assert mistake.said in outcome.output
     assert "Traceback" not in outcome.output
+    left = {path.name for path in (place / "work").rglob("*") if path.is_file()}
+    if "Environment:" not in outcome.output:
+        assert left <= {LOCK}, "the log is not open yet"
+    elif name != "truncated image to validate":
+        assert not [file for file in left if file.endswith((".pth", ".pt"))], "nothing is saved"

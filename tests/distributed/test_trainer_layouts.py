@@ -116,9 +116,16 @@ def test_agvm_newly_on(runs: Runs) -> None:
 
 
 def test_agvm_newly_off_is_the_baseline_from_there_on(runs: Runs) -> None:
-    _, said = runs.resume("off", {"agvm": {"enabled": False}})
+    work, said = runs.resume("off", {"agvm": {"enabled": False}})
     assert "not kept: scale factors: AGVM is off in this run" in said
     assert said.count("not kept") == 1
+    assert lines(work) == lines(runs.begun[True])[:2], "none of the run that went on with it"
+    watched, _ = runs.resume("watched", {"agvm": {**AGVM, "modulate": False}})
+    one, other, modulated = end(work), end(watched), end(runs.begun[True])
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-5, (
+        "groups are cut otherwise: rounding"
+    )
+    assert max((one[name] - modulated[name]).abs().max().item() for name in one) > 1e-3
 
 
 def test_another_optimizer_keeps_weights_and_scale_factors(runs: Runs) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.hosts.namespaces import Network, until
+from tests.hosts.namespaces import Network
+from tests.launch import until
 from tests.trainer import ROOT
 
 LIMIT = 400

@@ -12,14 +12,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.launch import until
 
 TOOLS = ("bash", "ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -127,8 +128,10 @@ class Network:
     def cut(self, host: Host) -> Iterator[None]:
         """The cable of a host is out: no packet comes through, and nobody is told."""
         _in(self.switch, f"ip link set {host.name} down")
-        yield
-        _in(self.switch, f"ip link set {host.name} up")
+        try:
+            yield
+        finally:
+            _in(self.switch, f"ip link set {host.name} up")
 
 
 @contextmanager
@@ -207,12 +210,3 @@ def _words(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.NoSuchProcess:
         return []
-
-
-def until(true: Callable[[], bool], seconds: float) -> None:
-    """Wait until something is true. Raises TimeoutError."""
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds} s")
-        time.sleep(0.05)

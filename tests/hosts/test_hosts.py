@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,8 @@ def test_the_cable_of_a_host_is_out(two: Network, runs: Runs) -> None:
     """No packet tells anybody: DEEPSPEED_TIMEOUT, here one minute, ends both hosts; ssh's ServerAliveInterval the command."""
     work = runs.place / "cut"
     options = ["--enable_each_rank_log", str(two.local / "logs")]
-    with waiting(two, runs, work, options=options, environment=ONE_MINUTE) as launch:
-        cable = two.cut(two.hosts[1])
-        cable.__enter__()
-    cable.__exit__(None, None, None)
+    with ExitStack() as cable, waiting(two, runs, work, options=options, environment=ONE_MINUTE) as launch:
+        cable.enter_context(two.cut(two.hosts[1]))
     assert launch.process.returncode != 0
     assert 55 < launch.seconds < 60 + SOON, launch.output
     for host in two.hosts:

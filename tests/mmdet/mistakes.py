@@ -61,6 +61,15 @@ def other_order(place: Path) -> None:
 
 
 AGVM_BLOCK = {
+    "json: a writer that comes later": bad(
+        "checkpoint.writer: writes checkpoints later",
+        json={"checkpoint": {"writer": {"type": "FAST", "decoupled": True}}},
+    ),
+    "json: nebula": bad(
+        "DeepSpeed refuses its config",
+        "Nebula checkpointing has been removed",
+        json={"nebula": {"enabled": True, "persistent_storage_path": "/tmp", "persistent_time_interval": 1}},
+    ),
     "agvm: no object": bad("agvm: must be an object", "not 5", json={"agvm": 5}),
     "agvm: unknown key": bad("agvm.intervall: unknown key; did you mean interval?", json={"agvm": {"intervall": 3}}),
     "agvm: two mistakes": bad("2 mistakes", "agvm.start_step", "agvm.eps", json={"agvm": {"start_step": -1, "eps": 0}}),

@@ -17,7 +17,7 @@ from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.data import check_size
 from agvm_ds.mmdet.fitting import find, largest, trial_json
 from agvm_ds.mmdet.plan import Batch
-from tests.hosts.namespaces import until
+from tests.launch import until
 
 PLAYED = """
 import json, sys
