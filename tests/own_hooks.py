@@ -16,7 +16,8 @@ class Seen(Hook):
     def after_train_iter(self, runner: Any) -> None:
         shapes = [list(batch["img"].data[0].shape[-2:]) for batch in runner.data_batch]
         size = getattr(runner.model.module, "_input_size", None)
-        line = dict(iter=runner.iter, epoch=runner.epoch, lr=runner.current_lr()[0], shapes=shapes, size=size)
+        pace = dict(lr=runner.current_lr()[0], momentum=runner.current_momentum()[0])
+        line = dict(iter=runner.iter, epoch=runner.epoch, **pace, shapes=shapes, size=size)
         with (Path(runner.work_dir) / f"seen_{runner.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 

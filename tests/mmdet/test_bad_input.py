@@ -108,6 +108,12 @@ def test_an_old_config_counts_its_epochs_without_a_runner(tmp_path: Path) -> Non
     assert (cfg.runner.type, cfg.runner.max_epochs) == ("EpochBasedRunner", 3)
 
 
+def test_an_old_config_counts_its_images_by_another_name(tmp_path: Path) -> None:
+    """As mmdet reads it."""
+    cfg = read_config(str(write_config(tmp_path, 'data.pop("samples_per_gpu")\ndata["imgs_per_gpu"] = 2')))
+    assert make_plan({"train_batch_size": 16}, cfg, 2).batch.micro == 2
+
+
 def test_batch_arithmetic_of_several_ranks() -> None:
     with pytest.raises(ConfigError, match=r"16 does not divide .* 4 images x 3 ranks = 12"):
         settle_batch({"train_batch_size": 16}, 4, 3)
