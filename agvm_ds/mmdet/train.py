@@ -145,9 +145,10 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         runner.set_earlier_aside()
     write_record(cfg, plan, runner, updates)
     if engine.global_rank == 0:
-        keep_before(work_dir / FILE_NAME, engine.global_steps)
         if engine.agvm is not None:
             engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))
+        else:
+            keep_before(work_dir / FILE_NAME, engine.global_steps)
     logger.info("waiting for the first update and its data ...")
     with ProgressHook() as progress:
         runner.register_hook(progress, priority="VERY_LOW")

@@ -83,6 +83,7 @@ def still(run: Run, **more: Any) -> dict[str, Any]:
 
 
 PAIR = {"backbone": ["backbone"], "pair": ["neck", "aux_head"]}
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 
 
 def in_turn(run: Run) -> tuple[list[float], list[float]]:
@@ -99,9 +100,6 @@ def in_turn(run: Run) -> tuple[list[float], list[float]]:
                 name = "pair" if "pair" in engine.agvm.variances else "neck"
                 found[name].append(engine.agvm.variances[name])
     return found["pair"], found["neck"]
-
-
-OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 
 
 def uneven(run: Run) -> Any:

@@ -18,7 +18,7 @@ from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.detector.model import to_device
 from agvm_ds.mmdet.optimizer import build
 from agvm_ds.mmdet.plan import make_plan
-from tests.distributed.learning import BY_HEART, run
+from tests.distributed.learning import BY_HEART, attempt
 from tests.trainer import cfg_options, data_options, launch, logged, write_config, write_json
 
 Weights = dict[str, torch.Tensor]
@@ -125,7 +125,10 @@ def test_sync_bn_is_evaluated_as_it_is(kind: str, digits: Path, tmp_path: Path) 
     learned = {"ann_file": digits / "annotations/train.json", "img_prefix": digits / "train"}
     measured = {f"data.{split}.{key}": value for split in ("val", "test") for key, value in learned.items()}
     options = {**BY_HEART, **measured}
-    work = run(tmp_path, digits, SETTINGS, options, "--revert-sync-bn", config=backbone(kind, False))
+    trained = attempt(tmp_path, digits, SETTINGS, options, "--revert-sync-bn", config=backbone(kind, False))
+    work = tmp_path / "work"
+    assert trained.good, trained.output
+    assert kind in (work / "config.py").read_text() and "--revert-sync-bn" in trained.output
     words = [str(tmp_path / "digits_config.py"), str(work / "latest.pth"), "--json", str(tmp_path / "m.json")]
     outcome = launch("test.py", [*words, *cfg_options({**data_options(digits), **measured})], tmp_path)
     assert outcome.good, outcome.output

@@ -64,9 +64,9 @@ def host(number: int, hosts: int, port: int) -> dict[str, Any]:
 def test_the_first_rank_tells_when_rank_zero_is_late() -> None:
     """DeepSpeed's launcher would kill rank 0 within a second of rank 1's silent end."""
     place = host(0, 1, free_port())
-    late, first = outcomes([start(0, "ConfigError", 5.0, **place), start(1, "ConfigError", 0.0, **place)])
-    assert first[:2] == (2, "error: it is wrong")
-    assert late[:2] == (2, "") and late[2] > first[2]
+    late, first = outcomes([start(0, "ConfigError", 2.0, **place), start(1, "ConfigError", 0.0, **place)])
+    assert first[:2] == (2, "error: it is wrong") and first[2] < 1.5
+    assert late[:2] == (2, "")
 
 
 def test_ranks_together_tell_once_and_nobody_ends_untold() -> None:
