@@ -10,7 +10,18 @@ from typing import Any
 from agvm_ds.report.advice import ALL, ratio, speedup
 from benchmarks.study.launch import BINS
 from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
-from benchmarks.study.protocol import BASE_BATCH, BATCHES, CENTRAL_BATCH, METHODS_HALFWAY, MODULATED, SEEDS, STEPS, Run
+from benchmarks.study.protocol import (
+    BASE_BATCH,
+    BATCHES,
+    CENTRAL_BATCH,
+    EPOCHS,
+    IMAGES,
+    METHODS_HALFWAY,
+    MODULATED,
+    SEEDS,
+    STEPS,
+    Run,
+)
 
 NONE = ""
 MIDDLE = slice(BINS // 4, 3 * BINS // 4)
@@ -51,25 +62,28 @@ def spread(values: Sequence[float]) -> str:
 
 
 def reported(study: Study) -> str:
-    """Method x batch: mAP, and the rate that was chosen."""
-    return _method_by_batch(study, study.reported, lambda cell: cell)
+    """Method x batch, with its updates: mAP, and the rate that was chosen."""
+    head = [f"{batch} ({EPOCHS * IMAGES // batch:,} updates)" for batch in BATCHES]
+    return _method_by_batch(head, study, study.reported, lambda cell: cell)
 
 
 def at_equal_updates(study: Study) -> str:
     """The same with as many updates at every batch."""
-    return _method_by_batch(study, study.at_equal_updates, lambda cell: replace(cell, batch=CENTRAL_BATCH))
+    return _method_by_batch(
+        [*map(str, BATCHES)], study, study.at_equal_updates, lambda cell: replace(cell, batch=CENTRAL_BATCH)
+    )
 
 
 RunsOf = Callable[[Cell], Sequence[Run]]
 
 
-def _method_by_batch(study: Study, runs_of: RunsOf, chosen_at: Callable[[Cell], Cell]) -> str:
+def _method_by_batch(head: Sequence[str], study: Study, runs_of: RunsOf, chosen_at: Callable[[Cell], Cell]) -> str:
     def text(cell: Cell) -> str:
         found = spread(scores(study, runs_of(cell)))
         return f"{found} at {_rate(study, chosen_at(cell))}" if found else found
 
     rows = [[title(*one), *(text(Cell(*one, batch)) for batch in BATCHES)] for one in methods()]
-    return table(["method", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
+    return table(["method", *head], [row for row in rows if any(row[1:])])
 
 
 def _rate(study: Study, cell: Cell) -> str:
@@ -127,14 +141,18 @@ def _choice(line: Line) -> str:
 
 
 def ablation(study: Study) -> str:
-    """What was changed: mAP."""
+    """What was changed: mAP, and what that gains seed by seed."""
     rows = []
     for base in MODULATED:
-        groups: dict[str, list[Run]] = {"nothing": study.reported(Cell(base, "pairwise", CENTRAL_BATCH))}
+        nothing = study.reported(Cell(base, "pairwise", CENTRAL_BATCH))
+        groups: dict[str, list[Run]] = {"nothing": nothing}
         for run in study.ablation(base):
             groups.setdefault(", ".join(f"{key} = {value}" for key, value in run.changed.items()), []).append(run)
-        rows += [[base, what, spread(scores(study, runs))] for what, runs in groups.items()]
-    return table(["base", "changed", "mAP"], [row for row in rows if row[2]])
+        for what, runs in groups.items():
+            rows.append(
+                [base, what, spread(scores(study, runs)), gain(study, runs, nothing) if runs[0].changed else NONE]
+            )
+    return table(["base", "changed", "mAP", "gain"], [row for row in rows if row[2]])
 
 
 def causes(study: Study) -> str:

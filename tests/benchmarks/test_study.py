@@ -228,6 +228,7 @@ def test_the_tables_have_every_cell() -> None:
     assert len(set(tables.tried(study).splitlines())) == len(tables.tried(study).splitlines())
     assert [row.count("±") for row in rows[2:]] == [3, 2, 1, 1, 3, 2, 1, 1, 2, 2]
     assert "**" not in rows[2] and rows[2].startswith("| SGD |")
+    assert "| 16 (1,024 updates) |" in rows[0] and "| 128 (128 updates) |" in rows[0]
     gains = whole(lambda run: score(run) + {"pairwise": 0.03, "fixed": 0.01}.get(run.method, 0.0))
     study = Study(gains)
     table = tables.differences(study, study.reported).splitlines()
@@ -238,6 +239,15 @@ def test_the_tables_have_every_cell() -> None:
     rows = tables.at_equal_updates(study).splitlines()
     assert [row.count("(2) at 0.01 |") for row in rows[2:5]] == [4, 4, 4]
     assert "0 of those known by now are still to do" in tables.ended(list(study.known.values()))
+
+
+def test_what_one_setting_gains_is_told_seed_by_seed() -> None:
+    """The unchanged runs have four seeds, the changed ones two."""
+    made = whole(lambda run: 0.5 + 0.1 * run.seed + 0.02 * ("interval" in run.changed))
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.ablation(Study(made)).splitlines()[2:]]
+    assert rows[0][1:] == ["nothing", "0.750 ± 0.129", ""]
+    (row,) = (row for row in rows if row[:2] == ["SGD", "interval = 5"])
+    assert row[2:] == ["0.670 ± 0.071 (2)", "+0.020 ± 0.000"]
 
 
 def drawable(line: dict[str, Any]) -> dict[str, Any]:
