@@ -25,7 +25,7 @@ from agvm_ds.monitor import deepspeed_events
 from agvm_ds.optimizer import AGVM
 from agvm_ds.scalars import mend_scalars, scalars_sent
 from agvm_ds.shards import shards_of
-from agvm_ds.support import refuse_by_deepspeed, refuse_configuration, refuse_fp16_without_zero, refuse_unsupported
+from agvm_ds.support import refuse_by_deepspeed, refuse_configuration, refuse_fp16, refuse_unsupported
 
 logger = logging.getLogger("agvm_ds")
 
@@ -67,7 +67,7 @@ def initialize(
     if block is not None:
         refuse_configuration(config)
     refuse_by_deepspeed(config)
-    refuse_fp16_without_zero(config)
+    refuse_fp16(config)
     if block is not None:
         _refuse_layout(model)
         optimizer = _agvm_optimizer(optimizer, model, model_parameters, block, config)

@@ -93,21 +93,30 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
     _refuse_scheduler(config.get("scheduler") or {})
 
 
-def refuse_fp16_without_zero(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for fp16 in stage 0, where DeepSpeed 0.19 trains nothing."""
+def refuse_fp16(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for float16 where DeepSpeed 0.19's loss scale is not to be relied on."""
     if problems := _fp16_problems(config):
         raise ConfigError(problems[0])
 
 
 def _fp16_problems(config: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed 0.19 scales the loss for its ZeRO optimizers alone, and unscales the gradient in stage 0 too."""
-    fp16, zero = config.get("fp16") or {}, config.get("zero_optimization") or {}
-    if not fp16.get("enabled") or zero.get("stage", 0):
-        return []
-    return [
-        "fp16.enabled in ZeRO stage 0: DeepSpeed 0.19 divides the gradient by a loss scale by which it has not multiplied "
-        "the loss, so that nothing is trained: use stage 1"
-    ]
+    """DeepSpeed 0.19 scales the loss of fp16 for its ZeRO optimizers alone, and unscales the gradient in stage 0 too.
+
+    torch's scaler lowers the scale in ``update``, which ZeRO calls once a flat buffer, and not after an overflow.
+    """
+    fp16, autocast = config.get("fp16") or {}, config.get("torch_autocast") or {}
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if fp16.get("enabled") and not stage:
+        return [
+            "fp16.enabled in ZeRO stage 0: DeepSpeed 0.19 divides the gradient by a loss scale by which it has not "
+            "multiplied the loss, so that nothing is trained: use stage 1"
+        ]
+    if autocast.get("enabled") and stage and autocast.get("dtype") in ("torch.float16", "fp16", "float16", "half"):
+        return [
+            f"torch_autocast.dtype = {autocast['dtype']!r} in ZeRO stage {stage}: DeepSpeed 0.19 does not lower its loss "
+            "scale after an overflow, so that one that lasts ends the training unseen: use bfloat16, or fp16.enabled"
+        ]
+    return []
 
 
 def _refuse_scheduler(block: Mapping[str, Any]) -> None:

@@ -60,8 +60,17 @@ def blamed(part: str) -> Iterator[None]:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 
+def rebuilding(cfg: Config) -> Iterator[str]:
+    """What is wrong when mmdet's tools would give the detector's convolutions other dilations than the config's model has."""
+    hooks = cfg.get("custom_hooks") or []
+    if any(hook.get("type") == "RFSearchHook" for hook in ([hooks] if isinstance(hooks, Mapping) else hooks)):
+        yield "custom_hooks: RFSearchHook trains and tests another network than the config's model: that is not done here"
+
+
 def detector_of(cfg: Config) -> nn.Module:
     """A config's detector, with the weights that its layers are made with. Raises ConfigError when it cannot be built."""
+    for problem in rebuilding(cfg):
+        raise ConfigError(problem)
     with blamed("model"):
         return build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
 

@@ -10,6 +10,7 @@ from mmdet.models import BaseDetector
 from torch import nn
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet.configs import rebuilding
 from agvm_ds.mmdet.detector.nonfinite import KEY
 from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, listed, unknown_kinds
 from agvm_ds.mmdet.plan import Plan
@@ -23,11 +24,9 @@ WITHOUT_EPOCHS = "an IterBasedRunner has no epochs, after which mmcv uses the av
 def refuse_unsupported(cfg: Config, plan: Plan) -> None:
     """Raise ConfigError with all of them together."""
     problems = [*_runner(cfg), *_resume(cfg), *_averages(cfg, plan), *unknown_kinds(cfg.get("custom_hooks"))]
-    problems += [*_checkpoints(cfg), *_bad_updates(cfg), *_writers(plan)]
+    problems += [*_checkpoints(cfg), *_bad_updates(cfg), *_writers(plan), *rebuilding(cfg)]
     if problems:
         raise ConfigError("\n  ".join(["the config asks for what cannot be done here:", *problems]))
-    if cfg.get("rfnext_search"):
-        plan.notes.append("the config's rfnext_search is set aside: a search over dilations is not done here")
     if cfg.get("auto_resume"):
         plan.notes.append("the config's auto_resume is set aside: --resume continues a run")
 

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DtypeEnum
 from mmcv import Config
 
 from agvm_ds.bases import base_from_json
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.deepspeed_json import BATCH_KEYS
-from agvm_ds.support import refuse_by_deepspeed, refuse_fp16_without_zero
+from agvm_ds.mmdet.detector.precision import TYPES
+from agvm_ds.support import refuse_by_deepspeed, refuse_fp16
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Plan:
         """ "fp16" or "bf16" when the parameters are of that type; "bfloat16" is DeepSpeed's older key."""
         kinds = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
         return next((kind for key, kind in kinds.items() if _enabled(self.deepspeed, key)), None)
+
+    @property
+    def computes(self) -> str | None:
+        """The same of what layers compute in: with ``torch_autocast`` the parameters are fp32."""
+        if not _enabled(self.deepspeed, "torch_autocast"):
+            return self.half
+        device = get_accelerator().device_name()
+        kind = DtypeEnum(self.deepspeed["torch_autocast"].get("dtype", torch.get_autocast_dtype(device))).value
+        return next((name for name, one in TYPES.items() if one == kind), None)
 
 
 def make_plan(deepspeed_config: Mapping[str, Any], cfg: Config, ranks: int, scale_rate: bool = False) -> Plan:
@@ -162,7 +174,7 @@ def _settle_schedule(plan: Plan, cfg: Config) -> None:
 def _refuse_precision(plan: Plan, cfg: Config) -> None:
     if plan.half == "fp16" and get_accelerator().device_name() == "cpu":
         raise ConfigError('"fp16" needs a GPU; on a CPU use "bf16": {"enabled": true}, or neither for fp32')
-    refuse_fp16_without_zero(plan.deepspeed)
+    refuse_fp16(plan.deepspeed)
     if plan.half and (plan.deepspeed.get("zero_optimization") or {}).get("round_robin_gradients"):
         raise ConfigError(
             f"zero_optimization.round_robin_gradients with {plan.half}: DeepSpeed then finds others' fp32 weights, "

@@ -107,7 +107,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     with waiting("building the detector and its first weights"):
         detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
-    refuse_own_steps(detector, bool(plan.half))
+    refuse_own_steps(detector, bool(plan.computes))
     setup = optimizer.build(detector, cfg, plan)
     # Before ZeRO cuts the parameters.
     modules = list(rehearsal.module_rows(detector, setup.groups)) if options.dry_run else []
@@ -210,8 +210,8 @@ def make_detector(cfg: Config, plan: Plan, classes: Any, options: TrainOptions) 
     if cfg.load_from and not options.resume:
         provide({cfg.load_from: "load_from"})
         load_weights(detector, cfg.load_from, get_root_logger(), options.trust_checkpoint)
-    if plan.half:
-        enable_half(detector, plan.half)
+    if plan.computes:
+        enable_half(detector, plan.computes)
     return detector
 
 

@@ -123,10 +123,8 @@ class Shards(ABC):
     @property
     def loss_scale(self) -> float:
         """What the loss, and so every gradient here, is multiplied by."""
-        scalers = [self.engine.torch_autocast_z0_gradscaler, getattr(self.engine.optimizer, _GRAD_SCALER, None)]
-        for scaler in scalers:
-            if scaler is not None:
-                return float(scaler.get_scale())
+        if (scaler := self.engine.torch_autocast_z0_gradscaler) is not None:
+            return float(scaler.get_scale())
         return float(getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     def add_up(self, sums: torch.Tensor) -> torch.Tensor:
@@ -243,6 +241,3 @@ def _cleared(gradients: Iterable[torch.Tensor], holes: Iterable[Fragment]) -> to
     for hole in holes:
         flat[hole.start : hole.start + hole.numel] = 0
     return flat
-
-
-_GRAD_SCALER = "torch_autocast_gradscaler"

@@ -33,7 +33,7 @@ max_nonfinite_updates = {limit}
 checkpoint_config["max_keep_ckpts"] = -1
 """
 BATCH_NORM = 'model["backbone"]["norm_cfg"] = dict(type="BN", requires_grad=True)'
-"""Its statistics must survive too. Not in bf16: torch's needs a GPU for that."""
+"""Its statistics must survive too."""
 OPTIONS = {"lr_config": "None", "runner.max_epochs": 4, "log_config.interval": 1, "optimizer.lr": 1e-3}
 AGVM = {"agvm": {"precondition": "none", "interval": 1, "ema_decay": 0.5}}
 BF16 = {"bf16": {"enabled": True}}
@@ -70,8 +70,7 @@ class Run:
 
 
 def started(place: Path, digits: Path, settings: dict[str, Any], faults: list[Any], limit: int, *more: str) -> Run:
-    norm = "" if "bf16" in settings else BATCH_NORM
-    change = CONFIG.format(faults=faults, place=place, limit=limit, norm=norm)
+    change = CONFIG.format(faults=faults, place=place, limit=limit, norm=BATCH_NORM)
     named = [str(write_config(place, change)), "--work-dir", str(place / "work"), "--seed", "0", "--no-validate", *more]
     named += ["--deepspeed_config", str(write_json(place, {"train_batch_size": 16, **settings}))]
     outcome = launch("train.py", [*named, *cfg_options({**data_options(digits), **OPTIONS})], place)

@@ -25,6 +25,10 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "bakbone"}), "no module of that name"),
     "frozen anchor": (ds_config(2, 2, agvm=AGVM_BLOCK | {"anchor": "frozen"}), "all its parameters are frozen"),
     "unknown module": (ds_config(2, 2, agvm=AGVM_BLOCK | {"modules": ["nek"]}), "did you mean neck"),
+    "autocast to fp16 in stage 2": (
+        ds_config(2, 2, torch_autocast={"enabled": True, "dtype": "half"}),
+        "torch_autocast.dtype = 'half' in ZeRO stage 2",
+    ),
     "fp16 in stage 0": (ds_config(0, 2, fp16={"enabled": True}), "fp16.enabled in ZeRO stage 0"),
     "summed": (ds_config(1, 2, gradient_allreduce_op="sum"), "no mean of the micro-gradients"),
     "unmanaged": (ds_config(2, 2, managed_gradient_accumulation=False), "managed_gradient_accumulation"),

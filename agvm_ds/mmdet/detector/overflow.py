@@ -21,8 +21,8 @@ from torch.nn.utils import get_total_norm
 
 def loss_scaled(engine: Any) -> bool:
     """Whether gradients that overflow are the normal course: a loss scale is then lowered, and the update skipped."""
-    scalers = (engine.torch_autocast_z0_gradscaler, getattr(engine.optimizer, "torch_autocast_gradscaler", None))
-    return bool(engine.fp16_enabled() and engine.dynamic_loss_scale()) or any(scaler is not None for scaler in scalers)
+    dynamic = bool(engine.fp16_enabled() and engine.dynamic_loss_scale())
+    return dynamic or engine.torch_autocast_z0_gradscaler is not None
 
 
 def skip_in_every_stage(engine: Any) -> None:

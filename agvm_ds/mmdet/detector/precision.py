@@ -1,30 +1,36 @@
 """Half precision in mmdet: what goes into losses and NMS is cast to float32, what goes into layers to the layers' type.
 
 mmdet marks those functions with ``force_fp32`` and ``auto_fp16``, which act where a module's ``fp16_enabled`` is set and
-know float16 only; for bfloat16 they are taught the other type.
+know float16 on a GPU only; they are taught the other type, and the CPU.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
+from mmcv.ops import SyncBatchNorm
 from mmcv.runner import fp16_utils
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _cast = fp16_utils.cast_tensor_type
 
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def enable_half(detector: nn.Module, kind: str) -> None:
-    """Let mmdet's marked functions cast; kind: "fp16" or "bf16". The weights themselves are DeepSpeed's to cast."""
-    if kind == "bf16":
-        fp16_utils.cast_tensor_type = _cast_bf16
-        # torch's CUDA autocast would choose float16; weights and inputs have the right type already.
-        fp16_utils.autocast = _no_autocast
+    """Let mmdet's marked functions cast; kind: of TYPES. The weights themselves are DeepSpeed's to cast, if it does."""
+    fp16_utils.autocast = partial(torch.autocast, get_accelerator().device_name(), dtype=TYPES[kind])
+    fp16_utils.cast_tensor_type = _cast_bf16 if kind == "bf16" else _cast
     for module in detector.modules():
         if hasattr(module, "fp16_enabled"):
             module.fp16_enabled = True  # type: ignore[assignment]
+        if isinstance(module, (_BatchNorm, SyncBatchNorm)):
+            module.forward = MethodType(_normalize, module)  # type: ignore[method-assign]
 
 
 def _cast_bf16(inputs: Any, src_type: torch.dtype, dst_type: torch.dtype) -> Any:
@@ -32,5 +38,16 @@ def _cast_bf16(inputs: Any, src_type: torch.dtype, dst_type: torch.dtype) -> Any
     return _cast(inputs, bf16.get(src_type, src_type), bf16.get(dst_type, dst_type))
 
 
-def _no_autocast(enabled: bool = True) -> Any:
-    return nullcontext()
+def _normalize(norm: nn.Module, images: torch.Tensor) -> Any:
+    return type(norm).forward(_InFloat32(norm), images)  # type: ignore[arg-type]
+
+
+class _InFloat32:
+    """A BatchNorm with its weight and bias in float32, as DeepSpeed leaves its statistics: torch wants all four alike."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.norm, name)
+        return value.float() if name in ("weight", "bias") and value is not None else value

@@ -101,6 +101,7 @@ class RankWatch:
         signal.signal(signal.SIGTERM, _left_to_the_thread)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(read,), name="SIGTERM", daemon=True).start()
+        os.register_at_fork(after_in_child=_end_by_sigterm)
 
     def _hear(self, read: int) -> None:
         while byte := os.read(read, 1):
@@ -175,6 +176,12 @@ _GLOO = re.compile(r"\[\S*gloo/\S*\] *")
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
     """Python wants a handler; the thread has heard it."""
+
+
+def _end_by_sigterm() -> None:
+    """In what a rank has forked: SIGTERM ends it, as ever, and the rank is not told of it by the pipe that both have."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def shield_workers(loader: Any) -> None:
