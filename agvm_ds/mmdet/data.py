@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
 from typing import Any
 
 from mmcv import Config
 from mmdet.datasets import build_dataloader, build_dataset, replace_ImageToTensor
+from mmdet.datasets.samplers import InfiniteBatchSampler, InfiniteGroupBatchSampler
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.checks.images import name_images
@@ -17,10 +18,30 @@ from agvm_ds.mmdet.data_sets import data_sets
 from agvm_ds.mmdet.plan import Batch
 
 
-class UpdateLoader:
-    """A loader of micro-batches, read in lists of ``accumulation``: one item is this rank's part of one update.
+class MicroBatches:
+    """This rank's part of one update: each is taken from a loader when it is first asked for, and kept.
 
-    Micro-batches that do not fill a list are left out of the epoch. Every other attribute is the loader's own, to read and
+    Data workers load on meanwhile; they would wait for an update whose micro-batches are all taken before it.
+    """
+
+    def __init__(self, items: Iterator[Any], length: int) -> None:
+        self._items, self._length = items, length
+        self._taken = [next(items)]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(self._length):
+            if index == len(self._taken):
+                self._taken.append(next(self._items))
+            yield self._taken[index]
+
+
+class UpdateLoader:
+    """A loader of micro-batches, ``accumulation`` at once: one item is this rank's part of one update.
+
+    Micro-batches that do not fill an update are left out of the epoch. Every other attribute is the loader's own, to read and
     to write (mmdet's YOLOXModeSwitchHook resets its workers so).
     """
 
@@ -33,9 +54,21 @@ class UpdateLoader:
     def __len__(self) -> int:
         return len(self.loader) // self.accumulation
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Iterable[Any]]:
         # The loader's iterator, made at once, draws a random number: not only when its first item is asked for.
-        return _lists(iter(self.loader), self.accumulation)
+        items = iter(self.loader)
+        # Without workers this process draws the data's random numbers, which an update taken again must not draw anew.
+        return self._as_asked_for(items) if self.loader.num_workers else _lists(items, self.accumulation)
+
+    def _as_asked_for(self, items: Iterator[Any]) -> Iterator[MicroBatches]:
+        endless = isinstance(self.loader.batch_sampler, (InfiniteBatchSampler, InfiniteGroupBatchSampler))
+        for _ in count() if endless else range(len(self)):
+            update = MicroBatches(items, self.accumulation)
+            yield update
+            for _ in update:  # what was not asked for
+                pass
+        for _ in items:  # what does not fill an update
+            pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -7,6 +7,7 @@ than the others, and hangs them; and bfloat16 does not go through mmcv's NMS. Wh
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -63,13 +64,47 @@ def _encoded(result: Any) -> Any:
     return result
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A panoptic result's map, a number a pixel, as small as the segments in it: NCCL gathers on rank 0's GPU."""
+
+    shape: tuple[int, ...]
+    kind: str
+    bytes: bytes
+
+    @classmethod
+    def of(cls, numbers: np.ndarray[Any, Any]) -> Packed:
+        """Pack."""
+        return cls(numbers.shape, numbers.dtype.str, zlib.compress(numbers.tobytes(), 1))
+
+    def unpacked(self) -> np.ndarray[Any, Any]:
+        """The map."""
+        return np.frombuffer(bytearray(zlib.decompress(self.bytes)), self.kind).reshape(self.shape)
+
+
+PANOPTIC = "pan_results"
+"""mmdet's name of the map in a result."""
+
+
+def _packed(result: Any) -> Any:
+    if isinstance(result, dict) and isinstance(result.get(PANOPTIC), np.ndarray):
+        return {**result, PANOPTIC: Packed.of(result[PANOPTIC])}
+    return result
+
+
+def _unpacked(result: Any) -> Any:
+    if isinstance(result, dict) and isinstance(result.get(PANOPTIC), Packed):
+        return {**result, PANOPTIC: result[PANOPTIC].unpacked()}
+    return result
+
+
 def collect(results: list[Any], images: int) -> list[Any] | None:
     """All results in the data set's order on rank 0, None elsewhere. The sampler deals images out rank by rank in turn."""
     parts: list[Any] | None = [None] * comm.get_world_size() if comm.get_rank() == 0 else None
-    torch.distributed.gather_object(results, parts)
+    torch.distributed.gather_object([_packed(result) for result in results], parts)
     if parts is None:
         return None
-    in_order = [result for turn in zip(*parts, strict=True) for result in turn]
+    in_order = [_unpacked(result) for turn in zip(*parts, strict=True) for result in turn]
     return in_order[:images]  # the sampler pads the last turn
 
 

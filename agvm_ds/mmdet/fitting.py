@@ -57,6 +57,8 @@ def trial_json(settings: Mapping[str, Any], micro: int) -> dict[str, Any]:
     trial = {**kept, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": ACCUMULATION}
     if isinstance(block := settings.get("agvm"), Mapping):
         trial["agvm"] = {**block, "start_step": 0, "interval": 1, "stop_step": None}
+    if isinstance(fp16 := settings.get("fp16"), Mapping):  # an overflow would skip the step, and what it takes
+        trial["fp16"] = {**fp16, "loss_scale": 1.0}
     return trial
 
 

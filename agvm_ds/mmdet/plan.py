@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DtypeEnum
 from mmcv import Config
 
-from agvm_ds.bases import base_from_json
+from agvm_ds.bases import base_from_json, offloads
 from agvm_ds.config import AGVMConfig, ConfigError, read_block
 from agvm_ds.deepspeed_json import BATCH_KEYS
 from agvm_ds.mmdet.detector.precision import TYPES
@@ -119,6 +119,8 @@ def settle_batch(config: Mapping[str, Any], samples_per_gpu: int, ranks: int) ->
 
 
 def _settle_optimizer(plan: Plan, cfg: Config) -> None:
+    if offloads(plan.deepspeed):  # the optimizer is made here as it is asked for: not to be questioned by DeepSpeed
+        plan.deepspeed.setdefault("zero_force_ds_cpu_optimizer", False)
     block, own = plan.deepspeed.get("optimizer"), cfg.get("optimizer")
     if not block and not own:
         raise ConfigError("neither the DeepSpeed JSON nor the mmdet config names an optimizer")

@@ -22,6 +22,7 @@ from deepspeed.constants import default_pg_timeout
 from mmcv import Config
 from mmdet.apis import init_random_seed, set_random_seed
 from mmdet.utils import collect_env, get_root_logger, setup_multi_processes
+from torch.distributed import DistBackendError
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.compat import mend_mmdet
@@ -42,10 +43,14 @@ def init_distributed() -> None:
         raise ConfigError(
             "not started by a launcher (RANK is not set): start with `deepspeed launch/...`, on one rank too"
         )
+    _refuse_missing_gpu()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     mend_mmdet()
+    backend = get_accelerator().communication_backend_name()
     try:
-        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+        deepspeed.init_distributed(backend)
+    except DistBackendError as error:
+        raise HostError(f"{backend} does not start: {error}\n  with NCCL_DEBUG=INFO it says more") from error
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise HostError(
@@ -54,6 +59,16 @@ def init_distributed() -> None:
             "or NCCL_SOCKET_IFNAME names"
         ) from error
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # which DeepSpeed finds out under MPI
+
+
+def _refuse_missing_gpu() -> None:
+    """Raise HostError for a rank whose GPU its process does not see; under MPI DeepSpeed finds out LOCAL_RANK later."""
+    device, place = get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.device_name() != "cpu" and place >= (seen := device.device_count()):
+        raise HostError(
+            f"LOCAL_RANK = {place}, and this process sees {seen} GPUs: start one rank a GPU (deepspeed --num_gpus); under "
+            "Slurm with --gpus-per-node or --gres, for with --gpus-per-task each sees its own alone"
+        )
 
 
 @contextmanager
@@ -90,7 +105,10 @@ def _lock(file: TextIO) -> str | None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        return f"another launch is at work there ({file.read().strip()}); wait for it, stop it, or use another folder"
+        return (
+            f"another launch is at work there ({file.read().strip()}); wait for it, stop it, or use another folder. A "
+            f"host that went down may keep the lock on NFS: if that one did, remove {LOCK} there"
+        )
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return f"cannot be locked: {error.strerror}"

@@ -19,7 +19,7 @@ from agvm_ds.checkpoints import CheckpointError, NotWrittenError
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.process import signals
 from agvm_ds.mmdet.process.errors import HostLost, RankDied
-from agvm_ds.mmdet.process.signals import RankWatch, shield_workers, this_place, unanswered
+from agvm_ds.mmdet.process.signals import RankWatch, StopAsked, shield_workers, this_place, unanswered
 from tests.launch import run_ranks
 
 
@@ -66,6 +66,26 @@ def forks() -> tuple[bool, list[bool]]:
 def test_sigterm_ends_what_a_rank_has_forked_and_is_no_wish_that_the_rank_stops(tmp_path: Path) -> None:
     """mmdet's VOC evaluation leaves a pool of processes, which Python ends so."""
     assert run_ranks(forks, 1, tmp_path, timeout=100) == [(True, [False, False])]
+
+
+def evaluates(batches: int, asked_at: int) -> list[Any]:
+    """In a rank: the batches that it saw of an evaluation in which rank 1 is asked to stop, and whether it was broken off."""
+    watch = RankWatch(lambda error: None)
+    seen = []
+    try:
+        for batch in watch.listening(range(batches), "cpu"):
+            seen.append(batch)
+            if batch == asked_at and comm.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
+    except StopAsked:
+        return [len(seen), True]
+    return [len(seen), False]
+
+
+@pytest.mark.parametrize(("asked_at", "seen"), [(3, [10, True]), (10, [14, True]), (99, [14, False])])
+def test_an_evaluation_asks_now_and_then_and_at_its_end(asked_at: int, seen: list[Any], tmp_path: Path) -> None:
+    assert run_ranks(evaluates, 2, tmp_path, 14, asked_at) == [seen] * 2
 
 
 def left_alone(place: Path) -> Any:

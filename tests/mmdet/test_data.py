@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,38 @@ def test_micro_batches_come_in_lists_and_the_rest_is_left_out() -> None:
     ]
 
 
+class Loading:
+    """A loader with workers: it says what was taken from it."""
+
+    num_workers, batch_sampler = 2, None
+
+    def __init__(self, length: int) -> None:
+        self.length, self.taken = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        for item in range(self.length):
+            self.taken += 1
+            yield item
+
+
+def test_where_workers_load_an_update_begins_with_its_first_micro_batch() -> None:
+    inner = Loading(8)
+    updates = iter(UpdateLoader(inner, 3))
+    first = next(updates)
+    assert inner.taken == 1 and len(first) == 3  # type: ignore[arg-type]
+    assert [(item, inner.taken) for item in first] == [(0, 1), (1, 2), (2, 3)]
+    assert list(first) == [0, 1, 2] and inner.taken == 3, "taken again, they are the same"
+    second = next(updates)
+    assert next(iter(second)) == 3 and inner.taken == 4
+    assert next(updates, None) is None and inner.taken == 8, (
+        "what was not asked for, and what fills no update, is passed by"
+    )
+    assert [list(update) for update in UpdateLoader(inner, 3)] == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_the_loader_has_every_setting_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """As mmdet's own trainer gives them to build_dataloader."""
     monkeypatch.setattr(data, "_built", lambda _: Numbers(16))
@@ -80,14 +113,22 @@ def test_a_hook_that_resets_the_workers_reaches_the_loader() -> None:
     assert set(vars(loader)) == {"loader", "accumulation"}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("updates", [1, 2, 7])
-def test_data_without_end_are_passed_by_unread(shuffle: bool, updates: int) -> None:
+def test_data_without_end_are_passed_by_unread(shuffle: bool, updates: int, workers: int) -> None:
     """Both of mmdet's endless samplers; the grouped one holds back a batch that it has given."""
 
     def made() -> UpdateLoader:
         inner = build_dataloader(
-            Numbers(12), 2, 0, dist=False, shuffle=shuffle, seed=5, runner_type="IterBasedRunner", pin_memory=False
+            Numbers(12),
+            2,
+            workers,
+            dist=False,
+            shuffle=shuffle,
+            seed=5,
+            runner_type="IterBasedRunner",
+            pin_memory=False,
         )
         return UpdateLoader(inner, 2)
 

@@ -133,3 +133,5 @@ def test_a_trial_measures_if_the_run_would() -> None:
     block = {"start_step": 560, "interval": 10, "anchor": "neck", "stop_step": 600}
     acts = {"start_step": 0, "interval": 1, "anchor": "neck", "stop_step": None}
     assert trial_json({**run, "agvm": block}, 4) == {**trial, "agvm": acts}
+    half = {"enabled": True, "initial_scale_power": 16}
+    assert trial_json({**run, "fp16": half}, 4) == {**trial, "fp16": {**half, "loss_scale": 1.0}}, "no skipped step"

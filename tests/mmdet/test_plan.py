@@ -47,6 +47,31 @@ def test_what_a_config_says_of_precision_and_steps_is_set_aside() -> None:
     assert any("fp16 is set aside" in note for note in plan.notes)
 
 
+def test_an_optimizer_that_is_made_here_is_no_question_under_zero_offload() -> None:
+    """DeepSpeed refuses a client optimizer there, by a key that a user may set."""
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    key = "zero_force_ds_cpu_optimizer"
+    assert planned(zero, {})[0].deepspeed[key] is False
+    assert planned({**zero, key: True}, {})[0].deepspeed[key] is True
+    assert key not in planned({}, {})[0].deepspeed
+
+
+@pytest.mark.parametrize(
+    ("settings", "half", "computes"),
+    [
+        ({}, None, None),
+        ({"bf16": {"enabled": True}}, "bf16", "bf16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, None, "bf16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "half"}}, None, "fp16"),
+        ({"torch_autocast": {"enabled": True}}, None, "bf16"),  # torch's choice on a CPU
+        ({"torch_autocast": {"enabled": False, "dtype": "half"}}, None, None),
+    ],
+)
+def test_what_parameters_are_and_what_layers_compute_in(settings: dict[str, Any], half: Any, computes: Any) -> None:
+    plan, _ = planned(settings, {})
+    assert (plan.half, plan.computes) == (half, computes)
+
+
 def test_what_is_not_done_here_is_set_aside() -> None:
     plan, cfg = planned({}, {"auto_resume": True})
     refuse_unsupported(cfg, plan)

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -15,9 +16,11 @@ import pytest
 import torch
 from deepspeed import comm
 from mmcv import Config
+from torch.distributed import DistBackendError
 
 from agvm_ds.config import ConfigError
 from agvm_ds.demo import data
+from agvm_ds.mmdet import session
 from agvm_ds.mmdet.process.errors import HostError
 from agvm_ds.mmdet.session import agreeing, init_distributed, make_demo_data, settle_seed
 from tests.launch import run_ranks
@@ -41,6 +44,26 @@ def test_ranks_that_do_not_meet_end_with_the_address_and_what_to_set(monkeypatch
         monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
         with pytest.raises(HostError, match=rf"did not all meet at 127.0.0.1:{port}: (?s:.*)DEEPSPEED_TIMEOUT"):
             init_distributed()
+
+
+def test_a_rank_without_its_gpu_and_a_backend_that_does_not_start_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: the accelerator is a stand-in."""
+    gpu = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 1, communication_backend_name=lambda: "nccl")
+    monkeypatch.setattr(session, "get_accelerator", lambda: gpu)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(HostError, match="LOCAL_RANK = 3, and this process sees 1 GPUs: .* --gpus-per-node"):
+        init_distributed()
+
+    def fails(backend: str) -> None:
+        raise DistBackendError("NCCL error in: x.cpp:1, unhandled system error\nLast error:\nno interface")
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(deepspeed, "init_distributed", fails)
+    with pytest.raises(
+        HostError, match=r"nccl does not start: NCCL error in(?s:.*)no interface\n  with NCCL_DEBUG=INFO"
+    ):
+        init_distributed()
 
 
 def mistakes(of_all: bool) -> tuple[type, str]:

@@ -13,7 +13,7 @@ What mmcv 1.7 with OpenCV 5 makes of a file, as tried:
 | turned by its EXIF orientation | turned, so of another size than an annotation file may say | ``--decode`` compares |
 | of another size than in the annotation file | boxes and masks in other places than the objects | ``--decode`` refuses |
 
-Reading every image takes minutes, so at start only names and sizes of files are looked at, one listing a folder.
+Reading every image takes minutes, so at start only names and sizes of files are looked at.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from __future__ import annotations
 import os
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from agvm_ds.mmdet.checks.findings import Report
 from agvm_ds.mmdet.checks.image_names import wrapped
 from agvm_ds.mmdet.process import errors
 
+AT_ONCE = 32
+"""Files of which a size is asked for at a time: a file system on the network answers each after a while."""
 UNREADABLE = "image that cannot be decoded: truncated, or no image"
 
 
@@ -101,7 +103,14 @@ def _sizes(folder: str) -> dict[str, int]:
     if not os.path.isdir(folder or "."):
         return {}
     with os.scandir(folder or ".") as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        files = [entry for entry in entries if entry.is_file()]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        parts = pool.map(_sizes_of, [files[k::AT_ONCE] for k in range(AT_ONCE)])
+        return {name: size for part in parts for name, size in part}
+
+
+def _sizes_of(files: Sequence[os.DirEntry[str]]) -> list[tuple[str, int]]:
+    return [(file.name, file.stat().st_size) for file in files]
 
 
 def decode_all(images: list[Image], color_type: str, report: Report, workers: int, advance: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class EngineModel(nn.Module):
         self.engine.train(mode)
         return self
 
-    def train_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
+    def train_step(self, data: Iterable[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
         """Forward and backward of each micro-batch and the update; log_vars are means over micro-batches and ranks.
 
         Raises NonFiniteError where the run is to stop for its numbers; nothing of this update is applied then.
@@ -85,7 +85,7 @@ class EngineModel(nn.Module):
         self.watch.end(lambda: self._update(data))
         return _merge(outputs)
 
-    def _update(self, data: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _update(self, data: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         outputs = []
         for batch in data:
             inputs = to_device(batch, self.engine.device)
@@ -96,7 +96,7 @@ class EngineModel(nn.Module):
             outputs.append(_output(loss, log_vars, inputs))
         return outputs
 
-    def val_step(self, data: Sequence[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
+    def val_step(self, data: Iterable[Mapping[str, Any]], optimizer: Any = None) -> dict[str, Any]:
         """The losses of each micro-batch, of ``published``."""
         outputs = []
         for batch in data:

@@ -33,6 +33,8 @@ from agvm_ds.mmdet.process.errors import EXIT_RANK_DIED, HostLost, RankDied
 
 EXIT_PREEMPTED = 143
 """As a shell says of a process that SIGTERM ended: 128 + 15."""
+_ASKED_EVERY = 10
+"""Batches of an evaluation."""
 _GRACE = 2.0
 """Seconds in which a rank that closed its connections becomes a dead process."""
 
@@ -139,11 +141,16 @@ class RankWatch:
         return heard
 
     def listening(self, batches: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
-        """The batches of an evaluation, of which each rank has as many; raises StopAsked on all ranks between two."""
-        for batch in batches:
+        """The batches of an evaluation, of which each rank has as many; raises StopAsked on all ranks between two.
+
+        Not between any two: the ranks wait for each other to ask, and one image takes another time than the next.
+        """
+        for done, batch in enumerate(batches, 1):
             yield batch
-            if self.stop_asked(device):
+            if done % _ASKED_EVERY == 0 and self.stop_asked(device):
                 raise StopAsked
+        if self.stop_asked(device):
+            raise StopAsked
 
     @contextmanager
     def naming_the_dead(self) -> Iterator[None]:
