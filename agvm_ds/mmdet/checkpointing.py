@@ -31,13 +31,20 @@ from agvm_ds.mmdet.hooks.ema import ema_hooks
 from agvm_ds.mmdet.optimizer import replaced, settings_of
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.randomness import random_state
+from agvm_ds.mmdet.recipe import differences
+from agvm_ds.monitor import FILE_NAME
+from agvm_ds.report.runs import RUN_FILE
 
+RUN_FILES = (FILE_NAME, RUN_FILE, "config.py", "deepspeed.json")
+"""What a run leaves about itself beside its log."""
 STATE_DIR = "deepspeed"
 """Folder of the DeepSpeed checkpoints in a work dir."""
 RUNNER_KEY = "runner"
 """Where the runner's own state is in a checkpoint's client_state."""
 AVERAGES_PUBLISHED = "averages_published"
 """In it: for each EMA hook, whether its averages were what was evaluated and published at that moment."""
+RECIPE = "recipe"
+"""In it: see recipe_of."""
 UNROUNDED = "unrounded"
 """In it: what half precision has rounded and nothing has trained, as it was before (see keep_unrounded)."""
 
@@ -82,6 +89,8 @@ class Saving:
 
     placed: Placed
     unrounded: StateDict
+    recipe: dict[str, Any]
+    """See recipe_of."""
     keep: int | None = None
     """How many checkpoints stay; None: all."""
 
@@ -140,9 +149,16 @@ class Checkpointing:
         self.vault.prune(self.saving.keep)
 
     def set_earlier_aside(self) -> None:
-        """Before the first update of a new run; every rank must call it."""
-        if aside := self.vault.set_aside():
-            self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
+        """Before the first update of a new run; every rank must call it. The files that tell of the earlier run go along."""
+        aside = self.vault.set_aside()
+        if aside is None:
+            return
+        if self.rank == 0:
+            aside.mkdir(exist_ok=True)  # the checkpoints may be on other hosts only
+            for name in RUN_FILES:
+                if (file := Path(self.work_dir) / name).exists():
+                    file.replace(aside / name)
+        self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
 
     def _runner_state(self, states: list[Any]) -> dict[str, Any]:
         meta = plain(self.meta or {})
@@ -152,6 +168,7 @@ class Checkpointing:
         return {
             "random": states,
             "seed": meta.get("seed"),
+            RECIPE: plain(self.saving.recipe),
             "hook_msgs": meta.get("hook_msgs", {}),
             "averages": averages if writes else [{} for _ in averages],
             AVERAGES_PUBLISHED: [hook.in_use for hook in ema_hooks(self._hooks)],
@@ -180,6 +197,7 @@ class Checkpointing:
                 "the optimizer goes on with the checkpoint's settings (this run's): %s", ", ".join(others)
             )
         self._refuse_other_pace(tag, state)
+        self._tell_other_recipe(state)
         self._iter = int(self.engine.global_steps)
         self._resumed_from = tag, self._iter
         self._take_meta(state)
@@ -293,6 +311,14 @@ class Checkpointing:
             self.logger.warning(
                 "resumed with seed %s, begun with %s: data come in another order; --seed %s continues it",
                 *(self.meta.get("seed"), state["seed"], state["seed"]),
+            )
+
+    def _tell_other_recipe(self, state: Mapping[str, Any]) -> None:
+        """Not refused: a run may be continued for longer, or with another schedule; but a word forgotten does that too."""
+        now = plain(self.saving.recipe)
+        if others := list(differences(state.get(RECIPE, now), now)):
+            self.logger.warning(
+                "the run so far had other settings (are all its --cfg-options there?):\n  %s", "\n  ".join(others)
             )
 
     def _refuse_other_pace(self, tag: str, state: Mapping[str, Any]) -> None:

@@ -47,6 +47,7 @@ from agvm_ds.mmdet.process.errors import HostError, tell_lost
 from agvm_ds.mmdet.process.outputs import make_folder
 from agvm_ds.mmdet.process.signals import RankWatch, shield_workers
 from agvm_ds.mmdet.progress import ProgressHook, waiting
+from agvm_ds.mmdet.recipe import recipe_of
 from agvm_ds.mmdet.record import write_record
 from agvm_ds.mmdet.rehearsal import warm_up_updates
 from agvm_ds.mmdet.summary import summarize
@@ -112,7 +113,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     # Before ZeRO cuts the parameters.
     modules = list(rehearsal.module_rows(detector, setup.groups)) if options.dry_run else []
     unrounded = keep_unrounded(detector) if plan.half else {}
-    saving = Saving(Placed.of(detector, setup.groups), unrounded, kept(cfg))
+    saving = Saving(Placed.of(detector, setup.groups), unrounded, recipe_of(cfg, plan), kept(cfg))
     if options.dry_run:
         plan.deepspeed = rehearsal.without_monitors(plan.deepspeed)
     else:

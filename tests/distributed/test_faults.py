@@ -269,9 +269,11 @@ def test_a_slow_rank_is_not_a_fault(runs: Runs) -> None:
 def test_a_new_run_sets_the_earlier_ones_checkpoints_aside(runs: Runs, two_epochs: Path) -> None:
     work = runs.place / "anew"
     shutil.copytree(two_epochs, work, symlinks=True)
+    told = {name: (work / name).read_bytes() for name in ("agvm.jsonl", "run.json", "config.py", "deepspeed.json")}
     outcome = runs.go(work)
     assert outcome.good, outcome.output
     assert "checkpoints of an earlier run in this work dir are now in" in outcome.output
     (aside,) = work.glob("deepspeed_*")
     assert (aside / "latest").read_text() == "epoch_2"
+    assert all((aside / name).read_bytes() == content for name, content in told.items())
     survived("a new run in a used work dir", "the earlier checkpoints are set aside", runs.lost(work))

@@ -20,6 +20,7 @@ from agvm_ds.mmdet.data import check_size
 from agvm_ds.mmdet.limits import refuse_unsupported
 from agvm_ds.mmdet.plan import make_plan
 from agvm_ds.mmdet.planning import scaling
+from agvm_ds.mmdet.planning.averages import scaled_averages
 from agvm_ds.mmdet.planning.layout import Base, Layout, batch_rows, choose_layout, memory_rows
 from agvm_ds.mmdet.planning.memory import footprint, moments_of
 from agvm_ds.mmdet.planning.request import Request, Row
@@ -68,36 +69,44 @@ def propose(request: Request) -> Proposal:
     run = schedule(cfg, rate, images, base_batch(cfg, request.base_batch)[0], layout.batch, windows.warmup)
     scaling.refuse_late_start(windows.start_step, run.updates)
     block["params"]["lr"] = rate.value
-    deepspeed = _json(layout, block, windows)
-    _accept(request, deepspeed, run.changes)
+    norm = (cfg.get("optimizer_config") or {}).get("grad_clip", {}) or {}
+    deepspeed = _json(layout, block, windows, norm.get("max_norm"))
+    averages = scaled_averages(cfg, base_batch(cfg, request.base_batch)[0], layout.batch)
+    changes = {**run.changes, **averages.changes}
+    _accept(request, deepspeed, changes)
     rows = [
         Row("training images", f"{images:,}", counted),
         *batch_rows(request, layout, samples),
         *memory_rows(request, sizes, layout),
         *rate.rows,
         *run.rows,
-        *_window_rows(windows),
+        *_window_rows(windows, norm.get("max_norm")),
+        *averages.rows,
     ]
-    return Proposal(request, deepspeed, run.changes, rows)
+    return Proposal(request, deepspeed, changes, rows)
 
 
 def _options(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in cfg.optimizer.to_dict().items() if key not in NOT_OPTIONS}
 
 
-def _json(layout: Layout, optimizer: Mapping[str, Any], windows: scaling.Windows) -> dict[str, Any]:
+def _json(
+    layout: Layout, optimizer: Mapping[str, Any], windows: scaling.Windows, max_norm: float | None
+) -> dict[str, Any]:
+    """max_norm: the config's; it clips in every update."""
+    clip_window = {"clip_window": list(windows.clip)} if max_norm is None else {}
     return {
         "train_batch_size": layout.batch.train,
         "train_micro_batch_size_per_gpu": layout.batch.micro,
         "optimizer": dict(optimizer),
-        "gradient_clipping": scaling.CLIP_NORM,
+        "gradient_clipping": scaling.CLIP_NORM if max_norm is None else max_norm,
         "zero_optimization": {"stage": layout.stage},
         "agvm": {
             "anchor": "backbone",
             "interval": windows.interval,
             "start_step": windows.start_step,
             "ema_decay": scaling.EMA_DECAY,
-            "clip_window": list(windows.clip),
+            **clip_window,
         },
     }
 
@@ -108,20 +117,18 @@ def _accept(request: Request, deepspeed: Mapping[str, Any], changes: Mapping[str
     refuse_unsupported(cfg, make_plan(deepspeed, cfg, request.ranks))
 
 
-def _window_rows(windows: scaling.Windows) -> Iterator[Row]:
-    epochs, margin = scaling.WARMUP_EPOCHS, scaling.MARGIN
+def _window_rows(windows: scaling.Windows, max_norm: float | None) -> Iterator[Row]:
+    margin = scaling.MARGIN
     first, last = windows.clip
-    yield Row(
-        "warm-up",
-        f"{windows.warmup} updates",
-        f"{epochs} epochs, rounded up to tens; exponential from ratio {scaling.WARMUP_RATIO}: official AGVM recipes",
-    )
     yield Row("AGVM from", f"update {windows.start_step}", f"{margin} updates after the warm-up: official AGVM recipes")
-    yield Row(
-        f"clipping to norm {scaling.CLIP_NORM:g}",
-        f"updates {first} to {last}",
-        f"from {margin} updates before the warm-up ends until AGVM starts: official AGVM recipes",
-    )
+    if max_norm is not None:
+        yield Row(f"clipping to norm {max_norm:g}", "every update", "the config's optimizer_config.grad_clip")
+    else:
+        yield Row(
+            f"clipping to norm {scaling.CLIP_NORM:g}",
+            f"updates {first} to {last}",
+            f"from {margin} updates before the warm-up ends until AGVM starts: official AGVM recipes",
+        )
     rule = f"10; 5 from batch {scaling.OFTEN_FROM}: AGVM, arXiv 2210.11078"
     yield Row("AGVM's interval", f"{windows.interval} updates", rule)
     yield Row("AGVM's EMA decay", str(scaling.EMA_DECAY), "official AGVM recipes")

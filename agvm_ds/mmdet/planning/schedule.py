@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmcv import Config
+from mmcv.runner import HOOKS
+from mmcv.runner.hooks import LrUpdaterHook
 from mmdet.datasets import build_dataset
 
 from agvm_ds.config import ConfigError
@@ -114,19 +116,24 @@ def schedule(cfg: Config, rate: Rate, images: int, base: int, batch: Batch, warm
     """
     changes: dict[str, Any] = {} if (cfg.get("lr_config") or {}).get("policy") else {"lr_config.policy": "fixed"}
     lr = cfg.get("lr_config") or {}
-    changes |= {
-        "lr_config.warmup": "exp",
-        "lr_config.warmup_iters": warmup,
-        "lr_config.warmup_ratio": scaling.WARMUP_RATIO,
-    }
+    own = warms_up_its_own_way(lr.get("policy", "fixed"))
+    changes |= {"lr_config.warmup": "exp", "lr_config.warmup_iters": warmup}
+    changes |= {} if own else {"lr_config.warmup_ratio": scaling.WARMUP_RATIO}
     if lr.get("warmup_by_epoch"):
         changes["lr_config.warmup_by_epoch"] = False
+    warm_up = Row(
+        "warm-up",
+        f"{warmup} updates",
+        f"{scaling.WARMUP_EPOCHS} epochs, rounded up to tens: official AGVM recipes; "
+        + (f"as {own} has it" if own else f"exponential from ratio {scaling.WARMUP_RATIO}: the same"),
+    )
     epoch = math.ceil(images / (batch.micro * batch.ranks)) // batch.accumulation
     if cfg.runner.type == "IterBasedRunner":
         total = _fewer(cfg.runner.max_iters, base, batch)
         changes |= {"runner.max_iters": total, **_iterations(cfg, base, batch)}
         rows = [
-            Row("updates", str(total), f"the config's {cfg.runner.max_iters} x {base} / {batch.train}: as many images")
+            Row("updates", str(total), f"the config's {cfg.runner.max_iters} x {base} / {batch.train}: as many images"),
+            warm_up,
         ]
         return Schedule(total, changes, rows)
     epochs, why = int(cfg.runner.max_epochs), "the config's"
@@ -141,8 +148,16 @@ def schedule(cfg: Config, rate: Rate, images: int, base: int, batch: Batch, warm
         Row("epochs", str(epochs), why),
         Row("updates an epoch", str(epoch), why_epoch),
         Row("updates", str(epochs * epoch), "epochs x updates an epoch"),
+        warm_up,
     ]
     return Schedule(epochs * epoch, changes, rows)
+
+
+def warms_up_its_own_way(policy: str) -> str | None:
+    """The name of a policy's class that does not warm up as mmcv's do (YOLOX's takes the ratio for a factor throughout)."""
+    kind = HOOKS.get(f"{policy.title() if policy == policy.lower() else policy}LrUpdaterHook")  # as mmcv names it
+    own = kind is not None and kind.get_warmup_lr is not LrUpdaterHook.get_warmup_lr
+    return kind.__name__ if own else None
 
 
 def _iterations(cfg: Config, base: int, batch: Batch) -> dict[str, Any]:
