@@ -179,19 +179,20 @@ def main() -> None:
     """Build, train, print; exit with 1 where a parameter is outside or a training failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--train", nargs="*", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--bf16", action="store_true", help="train these in bf16; build no others")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {DOCUMENT.name}")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="zoo.json is written there")
     args = parser.parse_args()
     if unknown := set(args.train) - set(FAMILIES):
         parser.error(f"{', '.join(unknown)}: choose among {', '.join(FAMILIES)}")
-    found = cuts(list(shipped_configs()))
-    tables = {"modules": lines_of(found)}
-    print("\n".join(tables["modules"]), flush=True)
+    found = [] if args.bf16 else cuts(list(shipped_configs()))
+    tables = {} if args.bf16 else {"modules": lines_of(found)}
+    print(*tables.get("modules", []), sep="\n", flush=True)
     trainings: list[Training] = []
-    tables["training"] = []
-    for line in training_lines(_each(args.train, trainings)):
+    trained = tables["bf16" if args.bf16 else "training"] = []
+    for line in training_lines(_each(args.train, trainings, args.bf16)):
         print(line, flush=True)
-        tables["training"].append(line)
+        trained.append(line)
     save(args.save, "zoo", [*map(asdict, found), *map(asdict, trainings)])
     if args.write:
         document = DOCUMENT.read_text()
@@ -201,12 +202,12 @@ def main() -> None:
     sys.exit(any(cut.outside for cut in found) or any(one.run.reason for one in trainings))
 
 
-def _each(names: Sequence[str], done: list[Training]) -> Iterator[Training]:
+def _each(names: Sequence[str], done: list[Training], half: bool) -> Iterator[Training]:
     """Train the named ones, one after another, and keep what was found."""
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder) / "data")
         for number, name in enumerate(names):
-            done.append(train(name, FAMILIES[name], Path(folder) / str(number), data))
+            done.append(train(name, FAMILIES[name], Path(folder) / str(number), data, half))
             yield done[-1]
 
 

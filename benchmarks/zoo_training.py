@@ -50,6 +50,12 @@ SETTINGS = {
 """The DeepSpeed JSON; the optimizer is the config's."""
 
 
+BF16 = {"bf16": {"enabled": True}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+OF_FP32_WEIGHTS = ("Sparse R-CNN",)
+"""These cannot have weights in bf16: their layers compute in it."""
+
+
 @dataclass(frozen=True)
 class Training:
     """How a detector's two updates went."""
@@ -59,12 +65,13 @@ class Training:
     run: Run
 
 
-def train(name: str, config: str, place: Path, data: Path) -> Training:
-    """Launch one. data: made by shrunk.make_data."""
+def train(name: str, config: str, place: Path, data: Path, half: bool = False) -> Training:
+    """Launch one. data: made by shrunk.make_data; half: in bf16."""
     place.mkdir(parents=True, exist_ok=True)
+    more = (AUTOCAST if name in OF_FP32_WEIGHTS else BF16) if half else {}
     file, settings, work_dir = place / "shrunk.py", place / "ds.json", place / WORK_DIR
     shrunk(config, data).dump(str(file))
-    settings.write_text(json.dumps(SETTINGS))
+    settings.write_text(json.dumps(SETTINGS | more))
     words = [str(file), "--deepspeed_config", str(settings), "--work-dir", str(work_dir), "--seed", "0"]
     return Training(name, config, trained([*words, "--no-validate", "--revert-sync-bn"], place, agvm=True))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mmcv import Config
 from mmcv.runner.hooks import CheckpointHook
 from mmdet.models import BaseDetector
+from mmdet.models.dense_heads import EmbeddingRPNHead
 from torch import nn
 
 from agvm_ds.config import ConfigError
@@ -71,8 +72,8 @@ def _checkpoints(cfg: Config) -> Iterator[str]:
         yield f"checkpoint_config.type = {kind!r}: allowed: CheckpointHook, or left out"
 
 
-def refuse_own_steps(detector: nn.Module, half: bool) -> None:
-    """Raise ConfigError for a detector of which something else would be trained than its own code says."""
+def refuse_detector(detector: nn.Module, plan: Plan) -> None:
+    """Raise ConfigError for a detector of which something else would be trained than its own code says, or nothing."""
     kind = type(detector)
     for step in ("train_step", "val_step"):
         if getattr(kind, step, None) is not getattr(BaseDetector, step):
@@ -81,10 +82,15 @@ def refuse_own_steps(detector: nn.Module, half: bool) -> None:
                 "what is trained is the sum of the losses that forward_train returns"
             )
     teacher = getattr(detector, "teacher_model", None)
-    if half and isinstance(teacher, nn.Module) and teacher not in detector.children():
+    if plan.computes and isinstance(teacher, nn.Module) and teacher not in detector.children():
         raise ConfigError(
             f"{kind.__name__} in half precision: its teacher is no submodule, stays in float32 and cannot take the images; "
             "train it in float32"
+        )
+    if plan.half and any(isinstance(module, EmbeddingRPNHead) for module in detector.modules()):
+        raise ConfigError(
+            f"{kind.__name__} in {plan.half}: its proposals are weights, and mmcv's RoIAlign wants boxes of float32: train "
+            'it in float32, or with "torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
         )
 
 

@@ -41,7 +41,7 @@ from agvm_ds.mmdet.evaluate import plain_detector
 from agvm_ds.mmdet.hooks.custom import engine_hook, engine_hooks, listed
 from agvm_ds.mmdet.hooks.evaluation import EngineEvalHook
 from agvm_ds.mmdet.hooks.log import AGVMLogHook, ThroughputHook
-from agvm_ds.mmdet.limits import refuse_own_steps, refuse_unsupported
+from agvm_ds.mmdet.limits import refuse_detector, refuse_unsupported
 from agvm_ds.mmdet.plan import Plan, make_plan
 from agvm_ds.mmdet.process.errors import HostError, tell_lost
 from agvm_ds.mmdet.process.outputs import make_folder
@@ -108,7 +108,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
     with waiting("building the detector and its first weights"):
         detector = make_detector(cfg, plan, loader.dataset.CLASSES, options)
     check_num_classes(cfg, detector, loader)
-    refuse_own_steps(detector, bool(plan.computes))
+    refuse_detector(detector, plan)
     setup = optimizer.build(detector, cfg, plan)
     # Before ZeRO cuts the parameters.
     modules = list(rehearsal.module_rows(detector, setup.groups)) if options.dry_run else []

@@ -13,7 +13,12 @@ from benchmarks.machine import with_table
 
 @pytest.mark.parametrize(
     ("document", "name"),
-    [*((cost.DOCUMENT, part) for part in cost.PARTS), (zoo.DOCUMENT, "modules"), (zoo.DOCUMENT, "training")],
+    [
+        *((cost.DOCUMENT, part) for part in cost.PARTS),
+        (zoo.DOCUMENT, "modules"),
+        (zoo.DOCUMENT, "training"),
+        (zoo.DOCUMENT, "bf16"),
+    ],
 )
 def test_a_table_goes_between_its_marks_and_nowhere_else(document: Path, name: str) -> None:
     before = document.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from benchmarks.shrunk import make_data
 from benchmarks.zoo import Cut, lines_of
 from benchmarks.zoo_training import FAMILIES, collected, pipeline, train, without_weights
 
-IN_CI = ("SOLOv2", "DETR")
-"""Neither has a bbox head beside its backbone and neck; the rest is one more of the same."""
+IN_CI = (("SOLOv2", False), ("DETR", True))
+"""(name, in bf16). Neither has a bbox head beside its backbone and neck; the rest is one more of the same."""
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.extended) for name in FAMILIES]
+    ("name", "half"),
+    [
+        pytest.param(*row, marks=[] if row in IN_CI else [pytest.mark.extended])
+        for row in product(FAMILIES, (False, True))
+    ],
 )
-def test_a_detector_trains_and_every_module_is_measured(name: str, data: Path, tmp_path: Path) -> None:
-    training = train(name, FAMILIES[name], tmp_path, data)
+def test_a_detector_trains_and_every_module_is_measured(name: str, half: bool, data: Path, tmp_path: Path) -> None:
+    training = train(name, FAMILIES[name], tmp_path, data, half)
     assert training.run.reason == ""
     assert training.run.losses[0] != training.run.losses[1]
     assert all(0 <= phi <= 2 for phi in training.run.variances.values())
