@@ -39,15 +39,20 @@ def _cast_bf16(inputs: Any, src_type: torch.dtype, dst_type: torch.dtype) -> Any
 
 
 def _normalize(norm: nn.Module, images: torch.Tensor) -> Any:
-    return type(norm).forward(_InFloat32(norm), images)  # type: ignore[arg-type]
+    return type(norm).forward(_AsItsStatistics(norm), images)  # type: ignore[arg-type]
 
 
-class _InFloat32:
-    """A BatchNorm with its weight and bias in float32, as DeepSpeed leaves its statistics: torch wants all four alike."""
+class _AsItsStatistics:
+    """A BatchNorm with its weight and bias in the type of its statistics: torch wants all four alike.
+
+    DeepSpeed leaves those in float32, unless ``data_types.buffer_dtype`` says otherwise.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.norm, name)
-        return value.float() if name in ("weight", "bias") and value is not None else value
+        if name not in ("weight", "bias") or value is None:
+            return value
+        return value.to(torch.float32 if self.norm.running_mean is None else self.norm.running_mean.dtype)

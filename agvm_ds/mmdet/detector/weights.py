@@ -28,7 +28,10 @@ COUNTS = "num_batches_tracked"
 
 
 def keep_unrounded(detector: nn.Module) -> StateDict:
-    """Copies of what DeepSpeed has no fp32 master of once it casts a detector to half precision: frozen and buffers."""
+    """Copies of what DeepSpeed has no fp32 master of once it casts a detector to half precision.
+
+    Frozen parameters, and buffers, which it casts with ``data_types.buffer_dtype`` alone.
+    """
     frozen = {name: parameter for name, parameter in detector.named_parameters() if not parameter.requires_grad}
     buffers = {name: buffer for name, buffer in detector.named_buffers() if buffer.is_floating_point()}
     return {name: value.detach().to("cpu", copy=True) for name, value in (frozen | buffers).items()}

@@ -60,12 +60,19 @@ def test_batch_norm_computes_in_float32_and_keeps_float32_statistics(
         assert (mine.grad.float() - theirs.grad).norm() <= 2.0**-6 * theirs.grad.norm()
 
 
+def test_statistics_that_deepspeed_was_told_to_cast_go_with_weights_of_their_type() -> None:
+    norm = halved(nn.BatchNorm2d(3), "bf16").bfloat16()
+    norm(torch.randn(2, 3, 4, 4).bfloat16()).sum().backward()
+    assert norm.get_buffer("running_mean").dtype == torch.bfloat16 and norm.get_buffer("running_mean").any()
+
+
 def test_mmcvs_sync_bn_has_float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel is a GPU's: what its forward is given is looked at."""
     seen: list[Any] = []
     monkeypatch.setattr(SyncBatchNorm, "__init__", lambda self: nn.Module.__init__(self))
     monkeypatch.setattr(SyncBatchNorm, "forward", lambda self, images: seen.extend([self.weight, self.bias]))
     norm = SyncBatchNorm()
+    norm.running_mean = None
     norm.weight, norm.bias = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
     enable_half(norm, "bf16")
     norm(torch.ones(1, 3, 2, 2))
