@@ -30,6 +30,7 @@ from agvm_ds.mmdet.evaluate import broadcast_object
 from agvm_ds.mmdet.hooks.ema import ema_hooks
 from agvm_ds.mmdet.optimizer import replaced, settings_of
 from agvm_ds.mmdet.plan import Batch
+from agvm_ds.mmdet.process.outputs import told
 from agvm_ds.mmdet.randomness import random_state
 from agvm_ds.mmdet.recipe import differences
 from agvm_ds.monitor import FILE_NAME
@@ -154,10 +155,10 @@ class Checkpointing:
         if aside is None:
             return
         if self.rank == 0:
-            aside.mkdir(exist_ok=True)  # the checkpoints may be on other hosts only
-            for name in RUN_FILES:
-                if (file := Path(self.work_dir) / name).exists():
-                    file.replace(aside / name)
+            with told(aside):
+                aside.mkdir(exist_ok=True)  # the checkpoints may be on other hosts only
+                for file in filter(Path.exists, (Path(self.work_dir) / name for name in RUN_FILES)):
+                    file.replace(aside / file.name)
         self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
 
     def _runner_state(self, states: list[Any]) -> dict[str, Any]:
