@@ -30,7 +30,7 @@ demo: $(STAMP) ## train a small detector with AGVM on two ranks, then its mAP (a
 test: lint ## lint, then all tests, two files of them at a time: ranks wait for one another often enough
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-extended: $(STAMP) ## one more kind of what many tests show, not in make test (about 17 minutes)
+test-extended: $(STAMP) ## one more kind of what many tests show, not in make test (about 25 minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m extended --ignore tests/hosts
 
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)

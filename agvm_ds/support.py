@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from pydantic import ValidationError
 
 from agvm_ds.bases import problem_of
@@ -111,7 +111,12 @@ def _fp16_problems(config: Mapping[str, Any]) -> list[str]:
             "fp16.enabled in ZeRO stage 0: DeepSpeed 0.19 divides the gradient by a loss scale by which it has not "
             "multiplied the loss, so that nothing is trained: use stage 1"
         ]
-    if autocast.get("enabled") and stage and autocast.get("dtype") in ("torch.float16", "fp16", "float16", "half"):
+    if autocast.get("enabled") and autocast.get("dtype") is None:
+        return [
+            "torch_autocast.dtype: is missing: torch then takes float16 on a GPU, for which DeepSpeed 0.19 has no loss "
+            'scale: write "bfloat16"'
+        ]
+    if autocast.get("enabled") and stage and DtypeEnum(autocast["dtype"]).value == torch.float16:
         return [
             f"torch_autocast.dtype = {autocast['dtype']!r} in ZeRO stage {stage}: DeepSpeed 0.19 does not lower its loss "
             "scale after an overflow, so that one that lasts ends the training unseen: use bfloat16, or fp16.enabled"

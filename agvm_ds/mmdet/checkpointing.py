@@ -154,12 +154,15 @@ class Checkpointing:
         aside = self.vault.set_aside()
         if aside is None:
             return
-        if self.rank == 0:
-            with told(aside):
-                aside.mkdir(exist_ok=True)  # the checkpoints may be on other hosts only
-                for file in filter(Path.exists, (Path(self.work_dir) / name for name in RUN_FILES)):
-                    file.replace(aside / file.name)
+        self._move_files(Path(self.work_dir), aside)
         self.logger.warning("checkpoints of an earlier run in this work dir are now in %s", aside)
+
+    def _move_files(self, here: Path, there: Path) -> None:
+        if self.rank == 0:
+            with told(there):
+                there.mkdir(exist_ok=True)  # the checkpoints may be on other hosts only
+                for file in filter(Path.exists, (here / name for name in RUN_FILES)):
+                    file.replace(there / file.name)
 
     def _runner_state(self, states: list[Any]) -> dict[str, Any]:
         meta = plain(self.meta or {})
@@ -190,6 +193,7 @@ class Checkpointing:
         allow_older: when that one is damaged, from the newest that is not. Raises ConfigError.
         """
         refuse_nothing_to_resume(Path(self.work_dir))
+        self._move_files(self.vault.folder, Path(self.work_dir))  # of a run that was set aside, and is continued now
         tag = self._whole_tag(allow_older)
         mine = settings_of(self.engine.basic_optimizer.param_groups)
         state = self._load(tag)

@@ -80,14 +80,15 @@ def move_data(cfg: Config, root: str | None) -> None:
     old = cfg.get("data_root")
     if root is None or not old:
         return
-    cfg.data = _moved(cfg.data, old.rstrip("/") + "/", root.rstrip("/") + "/")
+    cfg.data = moved(cfg.data, old.rstrip("/") + "/", root.rstrip("/") + "/")
 
 
-def _moved(node: Any, old: str, new: str) -> Any:
+def moved(node: Any, old: str, new: str) -> Any:
+    """A config's block with one folder for another at the beginning of its texts."""
     if isinstance(node, dict):
-        return {key: _moved(value, old, new) for key, value in node.items()}
+        return {key: moved(value, old, new) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_moved(item, old, new) for item in node)
+        return type(node)(moved(item, old, new) for item in node)
     return new + node.removeprefix(old) if isinstance(node, str) and node.startswith(old) else node
 
 

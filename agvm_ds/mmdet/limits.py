@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from deepspeed.accelerator import get_accelerator
 from mmcv import Config
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention, SyncBatchNorm
 from mmcv.runner.hooks import CheckpointHook
 from mmdet.models import BaseDetector
 from mmdet.models.dense_heads import EmbeddingRPNHead
@@ -16,6 +18,7 @@ from agvm_ds.mmdet.detector.nonfinite import KEY
 from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, listed, unknown_kinds
 from agvm_ds.mmdet.plan import Plan
 
+NOT_IN_BF16 = (DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention, SyncBatchNorm)
 RUNNERS = {"EpochBasedRunner": "max_epochs", "IterBasedRunner": "max_iters"}
 """Type -> the key that says how long it runs."""
 PHASES = ("train", "val")
@@ -82,7 +85,7 @@ def refuse_detector(detector: nn.Module, plan: Plan) -> None:
                 "what is trained is the sum of the losses that forward_train returns"
             )
     teacher = getattr(detector, "teacher_model", None)
-    if plan.computes and isinstance(teacher, nn.Module) and teacher not in detector.children():
+    if plan.half and isinstance(teacher, nn.Module) and teacher not in detector.children():
         raise ConfigError(
             f"{kind.__name__} in half precision: its teacher is no submodule, stays in float32 and cannot take the images; "
             "train it in float32"
@@ -92,6 +95,13 @@ def refuse_detector(detector: nn.Module, plan: Plan) -> None:
             f"{kind.__name__} in {plan.half}: its proposals are weights, and mmcv's RoIAlign wants boxes of float32: train "
             'it in float32, or with "torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
         )
+    if plan.computes == "bf16" and get_accelerator().device_name() != "cpu":
+        for name, module in detector.named_modules():
+            if isinstance(module, NOT_IN_BF16):
+                raise ConfigError(
+                    f"{name} ({type(module).__name__}) in bf16: mmcv's kernel for a GPU knows float32 and float16 alone: "
+                    "train it in float32 or fp16"
+                )
 
 
 def _bad_updates(cfg: Config) -> Iterator[str]:

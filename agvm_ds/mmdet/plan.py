@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DtypeEnum
 from mmcv import Config
@@ -58,8 +57,7 @@ class Plan:
         """The same of what layers compute in: with ``torch_autocast`` the parameters are fp32."""
         if not _enabled(self.deepspeed, "torch_autocast"):
             return self.half
-        device = get_accelerator().device_name()
-        kind = DtypeEnum(self.deepspeed["torch_autocast"].get("dtype", torch.get_autocast_dtype(device))).value
+        kind = DtypeEnum(self.deepspeed["torch_autocast"]["dtype"]).value
         return next((name for name, one in TYPES.items() if one == kind), None)
 
 

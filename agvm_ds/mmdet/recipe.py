@@ -8,11 +8,12 @@ from typing import Any
 
 from mmcv import Config
 
+from agvm_ds.mmdet.configs import moved
 from agvm_ds.mmdet.detector.nonfinite import KEY
 from agvm_ds.mmdet.plan import Plan
 
 OF_CONFIG = ("model", "runner", "workflow", "lr_config", "momentum_config", "custom_hooks", KEY)
-"""Keys of an mmdet config; the optimizer's settings are a checkpoint's own, and data.train is one more."""
+"""Keys of an mmdet config; the optimizer's settings are a checkpoint's own, and data.train, below its root, is one more."""
 OF_JSON = ("gradient_clipping", "scheduler")
 """Keys of a DeepSpeed JSON; the ``agvm`` block is one more, without its modules, which are the layout's."""
 
@@ -21,7 +22,9 @@ def recipe_of(cfg: Config, plan: Plan) -> dict[str, Any]:
     """The settings of a run, by their names in its config and JSON."""
     block = {} if plan.agvm is None else {"agvm": plan.agvm.model_dump(mode="json", exclude={"modules"})}
     of_json = {key: plan.deepspeed[key] for key in OF_JSON if key in plan.deepspeed}
-    of_config = {key: cfg[key] for key in OF_CONFIG if key in cfg} | {"data": {"train": cfg.data.train}}
+    root = cfg.get("data_root")
+    data = moved(cfg.data.train, f"{root.rstrip('/')}/", "") if root else cfg.data.train
+    of_config = {key: cfg[key] for key in OF_CONFIG if key in cfg} | {"data": {"train": data}}
     return copy.deepcopy({**of_config, **of_json, **block})  # mmcv takes blocks apart
 
 

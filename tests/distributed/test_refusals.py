@@ -29,6 +29,10 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
         ds_config(2, 2, torch_autocast={"enabled": True, "dtype": "half"}),
         "torch_autocast.dtype = 'half' in ZeRO stage 2",
     ),
+    "autocast to what torch chooses": (
+        ds_config(0, 2, torch_autocast={"enabled": True}),
+        "torch_autocast.dtype: is missing",
+    ),
     "fp16 in stage 0": (ds_config(0, 2, fp16={"enabled": True}), "fp16.enabled in ZeRO stage 0"),
     "summed": (ds_config(1, 2, gradient_allreduce_op="sum"), "no mean of the micro-gradients"),
     "unmanaged": (ds_config(2, 2, managed_gradient_accumulation=False), "managed_gradient_accumulation"),

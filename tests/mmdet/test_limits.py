@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from mmdet.models import BaseDetector
 from torch import nn
 
 from agvm_ds.config import ConfigError
+from agvm_ds.mmdet import limits
 from agvm_ds.mmdet.configs import detector_of, read_config
 from agvm_ds.mmdet.limits import refuse_detector, refuse_unsupported
 from agvm_ds.mmdet.plan import Plan, make_plan
@@ -17,7 +19,8 @@ from benchmarks.zoo import bare_detector
 
 def plan(kind: str | None = None) -> Plan:
     """Of a run in this precision."""
-    return make_plan({} if kind is None else {kind: {"enabled": True}}, read_config(None), 2)
+    block = {"enabled": True} | ({"dtype": "bfloat16"} if kind == "torch_autocast" else {})
+    return make_plan({} if kind is None else {kind: block}, read_config(None), 2)
 
 
 @pytest.mark.parametrize("step", ["train_step", "val_step"])
@@ -38,8 +41,7 @@ def test_a_network_that_mmdets_tools_would_rebuild_is_refused_whatever_is_done_w
         refuse_unsupported(cfg, make_plan({}, cfg, 2))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "torch_autocast"])
-def test_a_teacher_that_is_no_submodule_is_refused_in_half_precision(kind: str) -> None:
+def test_a_teacher_that_is_no_submodule_is_refused_where_weights_are_half() -> None:
     class Taught(BaseDetector):
         def aug_test(self) -> None: ...
         def extract_feat(self) -> None: ...
@@ -49,10 +51,11 @@ def test_a_teacher_that_is_no_submodule_is_refused_in_half_precision(kind: str) 
     object.__setattr__(taught, "teacher_model", nn.Linear(1, 1))
     refuse_detector(taught, plan())
     with pytest.raises(ConfigError, match="Taught in half precision: its teacher"):
-        refuse_detector(taught, plan(kind))
+        refuse_detector(taught, plan("bf16"))
     registered = Taught()
     registered.teacher_model = nn.Linear(1, 1)
-    refuse_detector(registered, plan(kind))
+    refuse_detector(registered, plan("bf16"))
+    refuse_detector(taught, plan("torch_autocast"))
 
 
 def test_proposals_that_are_weights_are_refused_where_weights_are_half() -> None:
@@ -61,3 +64,22 @@ def test_proposals_that_are_weights_are_refused_where_weights_are_half() -> None
     refuse_detector(detector, plan("torch_autocast"))
     with pytest.raises(ConfigError, match=r"SparseRCNN in bf16: its proposals are weights.*torch_autocast"):
         refuse_detector(detector, plan("bf16"))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("deformable_detr/deformable_detr_r50_16x2_50e_coco", "MultiScaleDeformableAttention"),
+        ("mask2former/mask2former_r50_lsj_8x2_50e_coco", "MultiScaleDeformableAttention"),
+        ("dcn/faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco", "DeformConv2dPack"),
+        ("vfnet/vfnet_r50_fpn_1x_coco", "DeformConv2d"),
+    ],
+)
+def test_what_has_no_bf16_kernel_on_a_gpu_is_refused_there(config: str, name: str, monkeypatch: Any) -> None:
+    detector = bare_detector(read_config(config))
+    refuse_detector(detector, plan("bf16"))  # on a CPU
+    monkeypatch.setattr(limits, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    refuse_detector(detector, plan())
+    for kind in ("bf16", "torch_autocast"):
+        with pytest.raises(ConfigError, match=rf"\({name}\) in bf16: mmcv's kernel"):
+            refuse_detector(detector, plan(kind))

@@ -63,7 +63,6 @@ def test_an_optimizer_that_is_made_here_is_no_question_under_zero_offload() -> N
         ({"bf16": {"enabled": True}}, "bf16", "bf16"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, None, "bf16"),
         ({"torch_autocast": {"enabled": True, "dtype": "half"}}, None, "fp16"),
-        ({"torch_autocast": {"enabled": True}}, None, "bf16"),  # torch's choice on a CPU
         ({"torch_autocast": {"enabled": False, "dtype": "half"}}, None, None),
     ],
 )

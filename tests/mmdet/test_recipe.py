@@ -41,6 +41,15 @@ def test_what_was_left_out_of_the_command_is_named_with_both_values() -> None:
     }
 
 
+def test_data_may_lie_elsewhere() -> None:
+    runs = []
+    for root in ("/scratch/job_1/", "/scratch/job_2"):
+        cfg = read_config(None, {"data_root": root})
+        runs.append(plain(recipe_of(cfg, make_plan({"train_batch_size": 16}, cfg, 2))))
+    assert list(differences(*runs)) == []
+    assert runs[0]["data"]["train"]["ann_file"] == "annotations/train.json"
+
+
 def test_a_block_that_is_gone_and_a_list_of_another_length() -> None:
     assert list(differences({"a": [{"b": 1}], "c": {"d": 2}}, {"a": []})) == [
         "a: [{'b': 1}] before, [] now",

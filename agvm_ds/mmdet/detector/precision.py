@@ -29,7 +29,7 @@ def enable_half(detector: nn.Module, kind: str) -> None:
     for module in detector.modules():
         if hasattr(module, "fp16_enabled"):
             module.fp16_enabled = True  # type: ignore[assignment]
-        if isinstance(module, (_BatchNorm, SyncBatchNorm)):
+        if type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward):
             module.forward = MethodType(_normalize, module)  # type: ignore[method-assign]
 
 

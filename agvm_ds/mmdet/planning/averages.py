@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 from mmcv import Config
+from mmdet.core.hook import ExpMomentumEMAHook
 
 from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, listed
 from agvm_ds.mmdet.plan import Batch
@@ -37,7 +38,10 @@ def scaled_averages(cfg: Config, base: int, batch: Batch) -> Averages:
             for name, one in signature(each.__init__).parameters.items()
         }
         given = {name: hook.get(name, known.get(name)) for name in ("momentum", *BEGINNING)}
-        momentum = float(f"{1 - (1 - given['momentum']) ** (batch.train / base):.4g}")
+        # mmcv's, and mmdet's that is made like it, take a power of the momentum.
+        power = 1 if kind is ExpMomentumEMAHook else hook.get("interval", 1)
+        share = 1 - (1 - given["momentum"] ** power) ** (batch.train / base)
+        momentum = float(f"{share ** (1 / power):.4g}")
         begun = {name: max(round(given[name] * base / batch.train), 1) for name in BEGINNING if given[name] is not None}
         times = f"{batch.train} / {base}"
         place = f"custom_hooks.{index}" if isinstance(hooks, (list, tuple)) else "custom_hooks"

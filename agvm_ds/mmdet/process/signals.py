@@ -103,7 +103,7 @@ class RankWatch:
         signal.signal(signal.SIGTERM, _left_to_the_thread)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(read,), name="SIGTERM", daemon=True).start()
-        os.register_at_fork(after_in_child=_end_by_sigterm)
+        os.register_at_fork(after_in_child=_end_with_parent)
 
     def _hear(self, read: int) -> None:
         while byte := os.read(read, 1):
@@ -185,24 +185,25 @@ def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
     """Python wants a handler; the thread has heard it."""
 
 
-def _end_by_sigterm() -> None:
-    """In what a rank has forked: SIGTERM ends it, as ever, and the rank is not told of it by the pipe that both have."""
+def _end_with_parent() -> None:
+    """In what a rank has forked (data workers, mmdet's pools): only the rank's own SIGTERM ends it, as Python sends it.
+
+    The launcher sends SIGTERM to all processes, and what the rank has in hand needs them. The pipe of both is the rank's.
+    """
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
 
 
 def shield_workers(loader: Any) -> None:
-    """Let a loader's workers live on when the launcher sends SIGTERM to all processes: the update in hand needs them.
-
-    They still end when their own rank says so, which is how Python ends them with it.
-    """
+    """The same for a loader's workers, which a config may want to be spawned."""
     loader.worker_init_fn = partial(_shielded, loader.worker_init_fn)
 
 
 def _shielded(initialize: Callable[[int], None] | None, worker: int) -> None:
-    """In a worker, which a config may want to be spawned: what it begins with is pickled."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+    """In a worker; a function of a module, for what a spawned one begins with is pickled."""
+    if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        _end_with_parent()
     if initialize is not None:
         initialize(worker)
 

@@ -16,8 +16,7 @@ from mmcv.runner.hooks import HOOKS
 from agvm_ds.config import ConfigError
 from agvm_ds.deepspeed_json import load_config
 from agvm_ds.mmdet.configs import read_config
-from agvm_ds.mmdet.plan import Batch, make_plan
-from agvm_ds.mmdet.planning.averages import scaled_averages
+from agvm_ds.mmdet.plan import make_plan
 from agvm_ds.mmdet.planning.proposal import Proposal, propose
 from agvm_ds.mmdet.planning.request import Request
 from tests.mmdet import coco
@@ -129,19 +128,6 @@ def test_a_config_that_clips_does_so_in_every_update() -> None:
     assert found.deepspeed["gradient_clipping"] == 0.1 and "clip_window" not in found.deepspeed["agvm"]
     assert rule_of(found, "clipping to norm 0.1") == "the config's optimizer_config.grad_clip"
     assert not any(row.figure == "clipping to norm 1" for row in found.rows)
-
-
-def test_averages_remember_as_many_images() -> None:
-    """YOLOX's last 15 epochs, without mosaics, are 3,470 updates at 512: of an average of 10,000 they would be a third."""
-    found = proposed("yolox_s_8x8_300e_coco", micro=2, images=117_266)
-    scaled = {key: value for key, value in found.changes.items() if key.startswith("custom_hooks")}
-    assert scaled == {"custom_hooks.2.momentum": 0.0007997, "custom_hooks.2.total_iter": 250}  # 64 -> 512
-    cfg = read_config("yolox_s_8x8_300e_coco", found.changes)
-    assert cfg.custom_hooks[2].type == "ExpMomentumEMAHook" and cfg.custom_hooks[2].momentum == 0.0007997
-    alone = Config({"custom_hooks": {"type": "EMAHook", "momentum": 0.01, "warm_up": 50}})
-    changes = scaled_averages(alone, 16, Batch(512, 16, 1, 32)).changes
-    assert changes == {"custom_hooks.momentum": pytest.approx(1 - 0.99**32, abs=1e-4), "custom_hooks.warm_up": 2}
-    assert scaled_averages(read_config(FASTER), 16, Batch(512, 16, 1, 32)).changes == {}
 
 
 def test_an_unpublished_detector_keeps_its_epochs_and_has_the_rule_of_its_optimizer() -> None:
