@@ -124,7 +124,7 @@ class Study:
     def reported(self, cell: Cell) -> list[Run]:
         """The cell's runs with the other seeds; none while its rate is not chosen."""
         chosen = self.chosen(cell)
-        return [chosen.with_(seed=seed) for seed in SEEDS] if chosen else []
+        return _all(chosen) if chosen else []
 
     def at_equal_updates(self, cell: Cell) -> list[Run]:
         """The cell's runs with the updates, and the rate, of CENTRAL_BATCH; at that batch they are the first series'."""
@@ -141,7 +141,7 @@ class Study:
             return []
         others = (replace(cell, method=method) for method in METHODS_HALFWAY)
         rates = dict.fromkeys(rate for one in (cell, *others) if (rate := self._halfway_rate(one)))
-        return [chosen.with_(series="halfway", rate=rate, seed=seed) for rate in rates for seed in SEEDS]
+        return [run for rate in rates for run in _all(chosen.with_(series="halfway", rate=rate))]
 
     def _halfway_rate(self, cell: Cell) -> float | None:
         """Between the cell's chosen rate and the better of that one's neighbours (geometric mean)."""
@@ -156,6 +156,7 @@ class Study:
     def causes(self, base: str) -> dict[str, tuple[list[Run], list[Run]]]:
         """A guess why AGVM does no more at the central batch -> (plain, what the guess is tried with), at their chosen rates.
 
+        Larger multipliers also beside plain at its halfway rate, for to raise the heads' rates is to raise the rate a little.
         Empty while one of these is not known.
         """
         chosen = {method: self.chosen(Cell(base, method, CENTRAL_BATCH)) for method in ("plain", "pairwise", "fixed")}
@@ -165,11 +166,14 @@ class Study:
         other = [run.with_(series="causes", norm=OTHER_NORM) for run in (plain, pairwise)]
         larger = {name: mu**POWER for name, mu in fixed.multipliers.items()}
         less_alike = fixed.with_(series="causes", multipliers=larger)
-        pairs = {
-            f"{OTHER_NORM} in the backbone: pairwise": other,
-            f"less alike: fixed, multipliers to the power {POWER}": [plain, less_alike],
+        name = f"less alike: fixed, multipliers to the power {POWER}"
+        rate = self._halfway_rate(Cell(base, "plain", CENTRAL_BATCH)) or plain.rate
+        halfway = plain.with_(series="halfway", rate=rate)
+        return {
+            f"{OTHER_NORM} in the backbone: pairwise": (_few(other[0]), _few(other[1])),
+            name: (_all(plain), _all(less_alike)),
+            f"{name}, over plain at {rate:.3g}": (_all(halfway), _all(less_alike)),
         }
-        return {guess: (_few(one), _few(two)) for guess, (one, two) in pairs.items()}
 
     def ablation(self, base: str) -> list[Run]:
         """AGVM with one setting changed, at its chosen rate."""
@@ -205,3 +209,7 @@ class Study:
 
 def _few(run: Run) -> list[Run]:
     return [run.with_(seed=seed) for seed in FEWER_SEEDS]
+
+
+def _all(run: Run) -> list[Run]:
+    return [run.with_(seed=seed) for seed in SEEDS]

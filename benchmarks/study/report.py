@@ -61,7 +61,7 @@ NOTES = {
     "with seed 0 needs from one loss to a lower one, which both runs have after their losses' highest point (a detector "
     "without proposals has a small loss) and before their rates fall; and (1 + B/16) / (1 + B/batch), with B of all "
     "modules at 16 meanwhile, as `launch/advise.py` tells it. Only where both losses fall by a quarter.",
-    "Why no more": "What AGVM may have failed by, each changed alone; seeds 1 and 2.",
+    "Why no more": "What AGVM may have failed by, each changed alone; seeds 1 and 2, of the multipliers 1 to 4.",
     "Pairwise and split at fixed weights": "`fewer measures`: split's mean squared error over pairwise's.",
 }
 

@@ -135,15 +135,19 @@ def test_each_guess_why_is_one_change_from_what_was_reported() -> None:
     gains = {"pairwise": 0.03, "fixed": 0.01}
     study = Study(whole(lambda run: score(run) + gains.get(run.method, 0.0) * (2 if run.series == "causes" else 1)))
     pairs = study.causes("SGD")
-    plain = study.reported(Cell("SGD", "plain", 64))[:2]
-    (norms, fixed) = pairs.values()
-    assert norms[0] == [run.with_(series="causes", norm="GN") for run in plain]
+    plain = study.reported(Cell("SGD", "plain", 64))
+    (norms, fixed, over) = pairs.values()
+    assert norms[0] == [run.with_(series="causes", norm="GN") for run in plain[:2]]
     assert {run.method for run in norms[1]} == {"pairwise"} and {run.norm for run in norms[1]} == {"GN"}
     assert fixed[0] == plain, "which is known already"
     assert {run.multipliers["neck"] for run in fixed[1]} == {8.0} and {run.norm for run in fixed[1]} == {"BN"}
-    assert len({run.key for pair in pairs.values() for runs in pair for run in runs}) == 8
+    assert over == (study.halfway(Cell("SGD", "plain", 64))[:4], fixed[1])
+    assert len({run.key for pair in pairs.values() for runs in pair for run in runs}) == 16
     rows = [row.split("|")[1:] for row in tables.causes(study).splitlines()[2:]]
-    assert [row[-2].strip() for row in rows] == ["+0.060 ± 0.000", "+0.020 ± 0.000"] * 2
+    assert [row[-2].strip() for row in rows] == [
+        *("+0.060 ± 0.000", "+0.020 ± 0.000", "+0.045 ± 0.000"),
+        *("+0.060 ± 0.000", "+0.020 ± 0.000", "+0.013 ± 0.000"),
+    ]
     known = [line for line in study.known.values() if line["run"]["series"] == "epochs"]
     assert tables.causes(Study(known)).count("\n") == 1 and Study([]).causes("SGD") == {}
 
