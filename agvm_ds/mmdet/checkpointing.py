@@ -193,7 +193,6 @@ class Checkpointing:
         allow_older: when that one is damaged, from the newest that is not. Raises ConfigError.
         """
         refuse_nothing_to_resume(Path(self.work_dir))
-        self._move_files(self.vault.folder, Path(self.work_dir))  # of a run that was set aside, and is continued now
         tag = self._whole_tag(allow_older)
         mine = settings_of(self.engine.basic_optimizer.param_groups)
         state = self._load(tag)
@@ -203,6 +202,7 @@ class Checkpointing:
             )
         self._refuse_other_pace(tag, state)
         self._tell_other_recipe(state)
+        self._move_files(self.vault.folder, Path(self.work_dir))  # of a run that was set aside, and is continued now
         self._iter = int(self.engine.global_steps)
         self._resumed_from = tag, self._iter
         self._take_meta(state)

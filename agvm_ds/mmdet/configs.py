@@ -60,10 +60,16 @@ def blamed(part: str) -> Iterator[None]:
         raise ConfigError(f"{part}: cannot be built: {type(error).__name__}: {error}") from error
 
 
+def listed(custom_hooks: Any) -> list[Any]:
+    """mmcv allows one alone without a list."""
+    if not custom_hooks:
+        return []
+    return list(custom_hooks) if isinstance(custom_hooks, (list, tuple)) else [custom_hooks]
+
+
 def rebuilding(cfg: Config) -> Iterator[str]:
     """What is wrong when mmdet's tools would give the detector's convolutions other dilations than the config's model has."""
-    hooks = cfg.get("custom_hooks") or []
-    if any(hook.get("type") == "RFSearchHook" for hook in ([hooks] if isinstance(hooks, Mapping) else hooks)):
+    if any(hook.get("type") == "RFSearchHook" for hook in listed(cfg.get("custom_hooks"))):
         yield "custom_hooks: RFSearchHook trains and tests another network than the config's model: that is not done here"
 
 

@@ -13,9 +13,9 @@ from mmdet.models.dense_heads import EmbeddingRPNHead
 from torch import nn
 
 from agvm_ds.config import ConfigError
-from agvm_ds.mmdet.configs import rebuilding
+from agvm_ds.mmdet.configs import listed, rebuilding
 from agvm_ds.mmdet.detector.nonfinite import KEY
-from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, listed, unknown_kinds
+from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, unknown_kinds
 from agvm_ds.mmdet.plan import Plan
 
 NOT_IN_BF16 = (DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention, SyncBatchNorm)

@@ -30,7 +30,7 @@ from agvm_ds.mmdet import data, optimizer, rehearsal, session
 from agvm_ds.mmdet import runner as runners
 from agvm_ds.mmdet.checkpointing import Saving, fit_storage, refuse_nothing_to_resume, saved_seed
 from agvm_ds.mmdet.checks.data_check import check_on_hosts
-from agvm_ds.mmdet.configs import blamed, config_path, detector_of, read_config, work_dir_of
+from agvm_ds.mmdet.configs import blamed, config_path, detector_of, listed, read_config, work_dir_of
 from agvm_ds.mmdet.detector.model import EngineModel, put_on
 from agvm_ds.mmdet.detector.nonfinite import KEY, NumberWatch
 from agvm_ds.mmdet.detector.precision import enable_half
@@ -38,7 +38,7 @@ from agvm_ds.mmdet.detector.pretrained import init_weights, provide
 from agvm_ds.mmdet.detector.sync_bn import settle_sync_bn
 from agvm_ds.mmdet.detector.weights import keep_unrounded, load_weights
 from agvm_ds.mmdet.evaluate import plain_detector
-from agvm_ds.mmdet.hooks.custom import engine_hook, engine_hooks, listed
+from agvm_ds.mmdet.hooks.custom import engine_hook, engine_hooks
 from agvm_ds.mmdet.hooks.evaluation import EngineEvalHook
 from agvm_ds.mmdet.hooks.log import AGVMLogHook, ThroughputHook
 from agvm_ds.mmdet.limits import refuse_detector, refuse_unsupported

@@ -277,3 +277,9 @@ def test_a_new_run_sets_the_earlier_ones_checkpoints_aside(runs: Runs, two_epoch
     assert (aside / "latest").read_text() == "epoch_2"
     assert all((aside / name).read_bytes() == content for name, content in told.items())
     survived("a new run in a used work dir", "the earlier checkpoints are set aside", runs.lost(work))
+    shutil.rmtree(work / "deepspeed")
+    aside.rename(work / "deepspeed")
+    (work / "agvm.jsonl").write_text("")  # of the new run, which is given up
+    outcome = runs.resume(work)
+    assert outcome.good, outcome.output
+    survived("the earlier run, named deepspeed again", "--resume continues it", runs.lost(work))

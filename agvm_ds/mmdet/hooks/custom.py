@@ -10,6 +10,7 @@ from mmcv.runner.hooks import CheckpointHook, EMAHook
 from mmdet.core.hook import ExpMomentumEMAHook, LinearMomentumEMAHook
 from mmdet.core.hook.ema import BaseEMAHook
 
+from agvm_ds.mmdet.configs import listed
 from agvm_ds.mmdet.hooks.checkpoints import EngineCheckpointHook
 from agvm_ds.mmdet.hooks.ema import EngineEMAHook, EngineExpMomentumEMAHook, EngineLinearMomentumEMAHook
 
@@ -20,13 +21,6 @@ EMA_HOOKS: Mapping[type, type] = {
 }
 """mmcv's and mmdet's -> the one to use here."""
 ENGINE_HOOKS: Mapping[type, type] = {CheckpointHook: EngineCheckpointHook, **EMA_HOOKS}
-
-
-def listed(custom_hooks: Any) -> list[Any]:
-    """mmcv allows one alone without a list."""
-    if not custom_hooks:
-        return []
-    return list(custom_hooks) if isinstance(custom_hooks, (list, tuple)) else [custom_hooks]
 
 
 def class_of(hook: Mapping[str, Any]) -> Any:

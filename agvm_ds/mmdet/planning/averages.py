@@ -9,7 +9,8 @@ from typing import Any
 from mmcv import Config
 from mmdet.core.hook import ExpMomentumEMAHook
 
-from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of, listed
+from agvm_ds.mmdet.configs import listed
+from agvm_ds.mmdet.hooks.custom import EMA_HOOKS, class_of
 from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.planning.request import Row
 

@@ -66,12 +66,13 @@ def propose(request: Request) -> Proposal:
     layout = choose_layout(request, sizes, samples, Base(moments_of(base, options), preconditioned(base)))
     check_size(images, layout.batch)
     windows = scaling.windows(images, request.batch)
-    run = schedule(cfg, rate, images, base_batch(cfg, request.base_batch)[0], layout.batch, windows.warmup)
+    meant_for, _ = base_batch(cfg, request.base_batch)
+    run = schedule(cfg, rate, images, meant_for, layout.batch, windows.warmup)
     scaling.refuse_late_start(windows.start_step, run.updates)
     block["params"]["lr"] = rate.value
-    norm = (cfg.get("optimizer_config") or {}).get("grad_clip", {}) or {}
+    norm = (cfg.get("optimizer_config") or {}).get("grad_clip") or {}
     deepspeed = _json(layout, block, windows, norm.get("max_norm"))
-    averages = scaled_averages(cfg, base_batch(cfg, request.base_batch)[0], layout.batch)
+    averages = scaled_averages(cfg, meant_for, layout.batch)
     changes = {**run.changes, **averages.changes}
     _accept(request, deepspeed, changes)
     rows = [
