@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,12 +267,13 @@ class Checkpointing:
             RuntimeError,
             ValueError,
         ) as error:
-            raise CheckpointError(f"--resume: {folder} does not fit this run: {error}") from error
+            raise CheckpointError(f"--resume: {folder} does not fit this run: {str(error) or repr(error)}") from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"--resume: {folder} holds more than data, and is not read: {error}") from error
 
     def _load_as_it_is(self, tag: str) -> dict[str, Any]:
-        path, client_state = self.engine.load_checkpoint(str(self.vault.folder), tag=tag)
+        with _taken_literally(self.engine):
+            path, client_state = self.engine.load_checkpoint(str(self.vault.folder), tag=tag)
         if path is None:
             raise CheckpointError("DeepSpeed finds no checkpoint there")
         if self.engine.agvm is None and STATE_KEY in client_state:
@@ -345,6 +348,17 @@ class Checkpointing:
                 f"{_pace_text(here)}: its schedule would go on in another place. Use the same batch and data, "
                 "or start anew with --load-from"
             )
+
+
+@contextmanager
+def _taken_literally(engine: Any) -> Iterator[None]:
+    """DeepSpeed looks for a checkpoint's files by a pattern, and would read the [ of a folder's name as part of it."""
+    find = engine._get_all_ckpt_names
+    engine._get_all_ckpt_names = lambda folder, tag: find(glob.escape(folder), tag)
+    try:
+        yield
+    finally:
+        del engine._get_all_ckpt_names
 
 
 def _runners(client_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,18 +72,18 @@ def tool(script: str, *words: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """A finished run of two epochs, three updates each; in stage 2 as a user starts it."""
+    """A finished run of two epochs, three updates each; stage 2 as a user starts it. Its folder is named like a pattern."""
     place = tmp_path_factory.mktemp(f"stage{request.param}")
     settings = json.loads((ROOT / f"ds_configs/agvm_zero{request.param}.json").read_text())
     settings["agvm"] |= {"interval": 2, "start_step": 1}
-    arguments = words(write_json(place, settings), place / "work", digits)
+    arguments = words(write_json(place, settings), place / "lr=[0.25, 4]", digits)
     if request.param == 2:
         done = with_launcher(ROOT / "launch/train.py", arguments)
         assert done.returncode == 0, done.stdout
     else:
         outcome = launch("train.py", arguments, place)
         assert outcome.good, outcome.output
-    return place / "work"
+    return place / "lr=[0.25, 4]"
 
 
 def test_the_work_dir_is_complete(work_dir: Path) -> None:
