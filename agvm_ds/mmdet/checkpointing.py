@@ -35,11 +35,8 @@ from agvm_ds.mmdet.plan import Batch
 from agvm_ds.mmdet.process.outputs import told
 from agvm_ds.mmdet.randomness import random_state
 from agvm_ds.mmdet.recipe import differences
-from agvm_ds.monitor import FILE_NAME
-from agvm_ds.report.runs import RUN_FILE
+from agvm_ds.report.runs import RUN_FILES
 
-RUN_FILES = (FILE_NAME, RUN_FILE, "config.py", "deepspeed.json")
-"""What a run leaves about itself beside its log."""
 STATE_DIR = "deepspeed"
 """Folder of the DeepSpeed checkpoints in a work dir."""
 RUNNER_KEY = "runner"

@@ -14,7 +14,7 @@ from mmcv import Config
 
 from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.mmdet.plan import Plan
-from agvm_ds.report.runs import RUN_FILE
+from agvm_ds.report.runs import CONFIG_FILE, JSON_FILE, RUN_FILE
 
 
 def write_record(cfg: Config, plan: Plan, runner: Any, updates: int) -> None:
@@ -26,8 +26,8 @@ def write_record(cfg: Config, plan: Plan, runner: Any, updates: int) -> None:
     if runner.rank != 0:
         return
     work_dir = Path(runner.work_dir)
-    (work_dir / "deepspeed.json").write_text(json.dumps(effective_json(plan, runner.engine), indent=2) + "\n")
-    (work_dir / "config.py").write_text(runner.meta["config"])
+    (work_dir / JSON_FILE).write_text(json.dumps(effective_json(plan, runner.engine), indent=2) + "\n")
+    (work_dir / CONFIG_FILE).write_text(runner.meta["config"])
     record = {
         "command": command(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),

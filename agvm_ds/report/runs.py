@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from agvm_ds.config import ConfigError
+from agvm_ds.monitor import FILE_NAME
 from agvm_ds.report.measures import Measures, read_measures
 
-RUN_FILE = "run.json"
+RUN_FILE, JSON_FILE, CONFIG_FILE = "run.json", "deepspeed.json", "config.py"
+RUN_FILES = (RUN_FILE, JSON_FILE, CONFIG_FILE, FILE_NAME)
+"""What a run leaves about itself beside its log; the last with AGVM alone."""
 NO_METRICS = ("mode", "epoch", "iter", "lr", "update", "memory")
 
 
@@ -90,20 +93,20 @@ def _optimizer(config: str) -> str:
 
 def read_run(work_dir: Path) -> Run:
     """Read a work dir of ``launch/train.py``. Raises ConfigError when it is none."""
-    missing = [name for name in (RUN_FILE, "deepspeed.json", "config.py") if not (work_dir / name).is_file()]
+    missing = [name for name in (RUN_FILE, JSON_FILE, CONFIG_FILE) if not (work_dir / name).is_file()]
     if missing:
         raise ConfigError(f"{work_dir}: not a work dir of launch/train.py: {', '.join(missing)} not there")
-    record, block = (_object(work_dir / name) for name in (RUN_FILE, "deepspeed.json"))
+    record, block = (_object(work_dir / name) for name in (RUN_FILE, JSON_FILE))
     lines = list(_log_lines(work_dir))
     per_epoch = record["updates_per_epoch"]
     return Run(
         name=work_dir.resolve().name,
         record=record,
         deepspeed=block,
-        config=(work_dir / "config.py").read_text(),
+        config=(work_dir / CONFIG_FILE).read_text(),
         train={_update(line, per_epoch): line for line in lines if line.get("mode") == "train"},
         val={int(line["update"]): line for line in lines if line.get("mode") == "val" and "update" in line},
-        measures=read_measures(work_dir / "agvm.jsonl") if (block.get("agvm") or {}).get("enabled") else None,
+        measures=read_measures(work_dir / FILE_NAME) if (block.get("agvm") or {}).get("enabled") else None,
     )
 
 
