@@ -61,8 +61,9 @@ def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, modules: list[tu
     if engine.agvm is not None:
         console.print(table("AGVM", ("what", "value"), agvm_rows(engine.agvm.config, updates)))
     console.print(memory_table(cfg, plan, engine))
-    found = {"loss": outputs["log_vars"]["loss"], "gradient norm": float(engine.get_global_grad_norm() or float("nan"))}
-    made = [*((key, f"{value:.4g}") for key, value in found.items()), ("seconds", f"{seconds:.2f}")]
+    made = [("loss", f"{outputs['log_vars']['loss']:.4g}"), ("seconds", f"{seconds:.2f}")]
+    if (norm := engine.get_global_grad_norm()) is not None:  # stage 0 in fp32 has none
+        made.insert(1, ("gradient norm", f"{float(norm):.4g}"))
     if torch.cuda.is_available():
         made.append(("peak memory, this rank", f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB"))
     console.print(table("the first update", ("what", "value"), made))

@@ -45,6 +45,7 @@ QUANTITIES = ("variance", "ratio", "scale_factor", "noise", "signal")
 """Of a module, in agvm.jsonl."""
 SETS = {"choose": "0_bbox_mAP", "report": "1_bbox_mAP"}
 """Validation set -> its metric, as mmdet's ConcatDataset calls it."""
+TIMM = {"imports": ["benchmarks.study.optimizers"], "allow_failed_imports": False}
 NOT_FINITE = "is not finite"
 """What launch/train.py says of a run that diverged."""
 
@@ -75,9 +76,7 @@ def mmdet_settings(run: Run) -> dict[str, Any]:
     optimizer = {**OPTIMIZERS[run.base], "lr": run.rate}
     if run.multipliers:
         optimizer["paramwise_cfg"] = {"custom_keys": {name: {"lr_mult": mu} for name, mu in run.multipliers.items()}}
-    timm = {"imports": ["benchmarks.study.optimizers"], "allow_failed_imports": False}
     return {
-        **({"custom_imports": timm} if run.base in ALONE else {}),
         "optimizer": optimizer,
         "lr_config": {
             "policy": "step",
@@ -157,8 +156,7 @@ def _alone(place: Path) -> Iterator[int]:
 
 def _launch(run: Run, place: Path, lock: int) -> tuple[int, str]:
     """(exit code, what it said) of the training, one thread on one rank, which is started as Slurm would start it."""
-    config = {"_base_": str(DETECTORS[run.norm]), **{key: _whole(value) for key, value in mmdet_settings(run).items()}}
-    (place / "config.json").write_text(json.dumps(config))
+    (place / "config.json").write_text(json.dumps(config(run)))
     (place / "ds.json").write_text(json.dumps(deepspeed_settings(run)))
     words = [
         str(place / "config.json"),
@@ -185,6 +183,12 @@ def _launch(run: Run, place: Path, lock: int) -> tuple[int, str]:
         ).returncode
         output.seek(begin)
         return code, output.read()
+
+
+def config(run: Run) -> dict[str, Any]:
+    """The run's mmdet config file."""
+    own = {key: _whole(value) for key, value in mmdet_settings(run).items()}
+    return {"_base_": str(DETECTORS[run.norm]), **own, **({"custom_imports": TIMM} if run.base in ALONE else {})}
 
 
 def _whole(value: Any) -> Any:

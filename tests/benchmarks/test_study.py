@@ -11,13 +11,15 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from mmcv import Config
 
 from agvm_ds.config import read_block
 from agvm_ds.variance import pairwise_variance
 from benchmarks.study import estimators, figures, lines, report, tables
-from benchmarks.study.launch import deepspeed_settings, in_bins, mean_factors, mmdet_settings
+from benchmarks.study.launch import config, deepspeed_settings, in_bins, mean_factors, mmdet_settings
 from benchmarks.study.plan import Cell, Study
 from benchmarks.study.protocol import (
+    ALONE,
     BATCHES,
     IMAGES,
     METHODS,
@@ -25,6 +27,7 @@ from benchmarks.study.protocol import (
     METHODS_AT_EQUAL_UPDATES,
     METHODS_HALFWAY,
     MODULATED,
+    OPTIMIZERS,
     Run,
     ema_decay,
     interval,
@@ -210,6 +213,18 @@ def test_fixed_multipliers_are_rates_of_modules() -> None:
     run = Run("epochs", "SGD", "fixed", 512, 0.1, 0, {"backbone": 1.0, "neck": 1.5})
     keys = mmdet_settings(run)["optimizer"]["paramwise_cfg"]["custom_keys"]
     assert keys == {"backbone": {"lr_mult": 1.0}, "neck": {"lr_mult": 1.5}}
+
+
+@pytest.mark.parametrize("base", OPTIMIZERS)
+def test_a_runs_config_is_one_of_mmdet(base: str, tmp_path: Path) -> None:
+    """timm, of which LAMB and LARS are, is not imported: it need not be there."""
+    run = Run("epochs", base, "plain", 64, 0.02, 1)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config(run)))
+    found = Config.fromfile(str(file), import_custom_modules=False)
+    assert found.optimizer.type == mmdet_settings(run)["optimizer"]["type"] and found.optimizer.lr == 0.02
+    assert ("custom_imports" in found) == (base in ALONE)
+    assert "_delete_" not in found.pretty_text
 
 
 def test_measures_are_averaged_in_parts() -> None:
