@@ -13,7 +13,7 @@ from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.process.commandline import Parser
 from agvm_ds.mmdet.process.errors import main_of_rank
 from agvm_ds.report.page import write_page
-from agvm_ds.report.runs import read_run
+from agvm_ds.report.runs import read_runs
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("work_dirs", nargs="+", type=Path, metavar="WORK_DIR", help="of launch/train.py")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the first WORK_DIR/report")
     args = parser.parse_args()
-    runs = [read_run(place) for place in args.work_dirs]
+    runs = read_runs(args.work_dirs)
     made = f"Made {time.strftime('%Y-%m-%d')} by agvm_ds {version('agvm_ds')}."
     try:
         print(write_page(runs, args.out or args.work_dirs[0] / "report", made))

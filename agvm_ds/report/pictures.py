@@ -77,7 +77,8 @@ def pictures(runs: Sequence[Run]) -> Iterator[Picture]:
 
 def _curves(runs: Sequence[Run], key: str, mode: str = "train") -> Figure:
     """By updates and, for runs of other batches, by images."""
-    figure = empty_figure(10, 3.6)
+    width, longest = 10, max(len(run.name) for run in runs)
+    figure = empty_figure(width, 3.6)
     by_updates, by_images = figure.subplots(1, 2, sharey=True)
     for place, run in enumerate(runs):
         updates, values = run.curve(key, mode)
@@ -89,8 +90,14 @@ def _curves(runs: Sequence[Run], key: str, mode: str = "train") -> Figure:
     dress(by_images, "")
     by_updates.set_xlabel("updates")
     by_images.set_xlabel("images")
+    entry = 0.9 + 0.08 * longest  # inches, about
+    columns = min(max(int(width / entry), 1), 4)
     figure.legend(
-        *by_updates.get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False, handlelength=3.5
+        *by_updates.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        handlelength=3.5,
     )
     return figure
 

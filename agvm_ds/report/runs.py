@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,19 @@ def _optimizer(config: str) -> str:
     _, found, rest = config.partition("optimizer = dict(")
     _, _, named = rest.partition("type='")
     return named.partition("'")[0] if found else "-"
+
+
+def read_runs(work_dirs: Sequence[Path]) -> list[Run]:
+    """Read work dirs; those of one name are called by so much more of their paths as tells them apart.
+
+    Raises ConfigError when one is none of ``launch/train.py``.
+    """
+    paths, parts = [place.resolve().parts for place in work_dirs], 1
+    while len({path[-parts:] for path in paths}) < len(set(paths)):
+        parts += 1
+    return [
+        replace(read_run(place), name="/".join(path[-parts:])) for place, path in zip(work_dirs, paths, strict=True)
+    ]
 
 
 def read_run(work_dir: Path) -> Run:

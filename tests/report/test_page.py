@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from agvm_ds.config import ConfigError
 from agvm_ds.report.page import write_page
-from agvm_ds.report.runs import Run, read_run
+from agvm_ds.report.pictures import pictures
+from agvm_ds.report.runs import Run, read_run, read_runs
 from tests.report.lines import line, written
 
 RECORD = {
@@ -31,7 +34,7 @@ RECORD = {
 
 def work_dir(place: Path, measures: int = 30, **block: Any) -> Path:
     """Of a run of two epochs; its log was begun again after update 30, which a killed run had left at 32."""
-    place.mkdir()
+    place.mkdir(parents=True)
     (place / "run.json").write_text(json.dumps(RECORD))
     agvm = {"agvm": {"enabled": True, "estimator": "pairwise", "interval": 1, **block}} if measures else {}
     (place / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **agvm}))
@@ -131,6 +134,21 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert run.words()["last loss"] == "-" and run.metric is None
     page = Page(write_page([run], tmp_path / "report", "").read_text())
     assert "1 measures in the last 50% of the run; at least 10 are needed" in page.text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    first, second, third = (work_dir(tmp_path / name, measures=0) for name in ("a/work", "b/work", "b/other"))
+    assert [run.name for run in read_runs([first, third])] == ["work", "other"]
+    assert [run.name for run in read_runs([first, second, third])] == ["a/work", "b/work", "b/other"]
+    assert [run.name for run in read_runs([first, first / ".." / "work"])] == ["work", "work"], "one run, twice"
+
+
+def test_long_names_stay_in_the_picture(tmp_path: Path) -> None:
+    run = read_run(work_dir(tmp_path / "W", measures=0))
+    figure = next(pictures([replace(run, name=f"{number}/" + "long" * 12) for number in range(5)])).figure
+    FigureCanvasAgg(figure).draw()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
 
 
 def test_what_is_no_work_dir_is_refused(tmp_path: Path) -> None:
