@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from agvm_ds.report.figures import dress, empty_figure, module_legend, save, style
 from benchmarks.study.launch import BINS
 from benchmarks.study.plan import Cell, Study
-from benchmarks.study.protocol import ALONE, BATCHES, METHODS, MODULATED
+from benchmarks.study.protocol import ALONE, BATCHES, METHODS, METHODS_AT, MODULATED
 from benchmarks.study.tables import scores, title
 
 
@@ -35,26 +35,27 @@ def accuracy(study: Study) -> Figure | None:
     """mAP of the reported seeds by batch, a panel a base: mean and standard deviation."""
     figure = empty_figure(10, 4.4)
     panels = figure.subplots(1, len(MODULATED), sharex=True, sharey=True)
+    at = sorted(METHODS_AT)
     for axes, base in zip(panels, MODULATED, strict=True):
         rows = [(base, method) for method in METHODS]
         if base == MODULATED[-1]:
             rows += [(name, "plain") for name in ALONE]
         for place, (kind, method) in enumerate(rows):
-            points = [(batch, scores(study, study.reported(Cell(kind, method, batch)))) for batch in BATCHES]
+            points = [(batch, scores(study, study.reported(Cell(kind, method, batch)))) for batch in at]
             points = [(batch, values) for batch, values in points if len(values) > 1]
             if points:
                 batches, means, spreads = zip(*[(b, fmean(v), stdev(v)) for b, v in points], strict=True)
                 # beside each other, not on top
                 shifted = [batch * 1.03 ** (place - 1.5) for batch in batches]
                 axes.errorbar(shifted, means, spreads, capsize=3, marker="o", label=title(kind, method), **style(place))
-        axes.set(xscale="log", xlim=(BATCHES[0] / 1.25, BATCHES[-1] * 1.25))
-        axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+        axes.set(xscale="log", xlim=(at[0] / 1.25, at[-1] * 1.25))
+        axes.set_xticks(at, [str(batch) for batch in at])
         axes.minorticks_off()
         axes.set(xlabel="batch, images", title=base)
         dress(axes, "mAP on report" if axes is panels[0] else "")
-        axes.set_ylim(bottom=0)
         if axes.has_data():
             axes.legend(frameon=False, handlelength=3.5, fontsize=9)
+    panels[0].set_ylim(bottom=0)  # of both, once both are drawn
     return figure if any(axes.has_data() for axes in panels) else None
 
 
@@ -116,7 +117,7 @@ def curves(study: Study, base: str) -> Figure | None:
             line = study.chosen_line(Cell(base, method, batch))
             if line is not None:
                 points = [(point["update"], point["report"]) for point in line["curve"]]
-                above.plot(*_columns(points), marker="o", label=title(base, method), **style(place))
+                above.plot(*_columns(points), marker="o", clip_on=False, label=title(base, method), **style(place))
                 below.plot(*_columns(line["loss"]), **style(place))
         below.set_xlabel("update")
         dress(above, "mAP on report" if column == 0 else "")
