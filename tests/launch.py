@@ -94,6 +94,7 @@ def _rank(
             rank=rank,
             world_size=world_size,
         )
+        deepspeed.comm.barrier()  # a rank that ends before another has connected to it would break that one's start
         result = function(*args)
         (Path(place) / f"result_{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
