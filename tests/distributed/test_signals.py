@@ -70,6 +70,27 @@ def test_what_a_rank_has_forked_ends_by_that_rank_alone_which_is_not_asked_to_st
     assert run_ranks(forks, 1, tmp_path, timeout=100) == [[True, 0, False, False]]
 
 
+def forks_and_ends() -> list[Any]:
+    """In a rank: how children end that it ends as soon as they are there, and what it hears itself, then and afterwards."""
+    watch = RankWatch(lambda error: None)
+    codes = []
+    for _ in range(20):
+        if (child := os.fork()) == 0:
+            time.sleep(20)
+            os._exit(3)
+        os.kill(child, signal.SIGTERM)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    heard = watch.asked
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    return [codes, heard, watch.asked]
+
+
+def test_a_child_that_has_hardly_begun_ends_too(tmp_path: Path) -> None:
+    """mmdet's VOC evaluation ends a pool at once when it has little to do; the rank waited for it forever."""
+    assert run_ranks(forks_and_ends, 1, tmp_path, timeout=100) == [[[0] * 20, False, True]]
+
+
 def evaluates(batches: int, asked_at: int) -> list[Any]:
     """In a rank: the batches that it saw of an evaluation in which rank 1 is asked to stop, and whether it was broken off."""
     watch = RankWatch(lambda error: None)

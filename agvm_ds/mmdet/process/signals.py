@@ -103,7 +103,7 @@ class RankWatch:
         signal.signal(signal.SIGTERM, _left_to_the_thread)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(read,), name="SIGTERM", daemon=True).start()
-        os.register_at_fork(after_in_child=_end_with_parent)
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_end_with_parent)
 
     def _hear(self, read: int) -> None:
         while byte := os.read(read, 1):
@@ -183,6 +183,19 @@ _GLOO = re.compile(r"\[\S*gloo/\S*\] *")
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
     """Python wants a handler; the thread has heard it."""
+
+
+_before = threading.local()
+"""``mask``: the signals that a forking thread blocked already."""
+
+
+def _hold_back() -> None:
+    """Before a fork: SIGTERM to the child waits until the child hears it; a pool that ends may send it at once."""
+    _before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before.mask)
 
 
 def _end_with_parent() -> None:
