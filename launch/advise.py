@@ -32,7 +32,7 @@ def main() -> None:
         words = advice_words(advise(run.measures, run.batch, args.batches, args.part))
     except ValueError as error:
         raise ConfigError(f"{args.work_dir}: {error}") from None
-    console = Console()
+    console = Console(markup=False)
     console.print(f"{words['measures']} measures at batch {words['batch']}; {words['limits']} limits")
     for head, rows in (
         (("module", "critical batch size, images", "95 %"), words["critical"]),

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
-from rich.text import Text
 
 from agvm_ds.mmdet.checks.data_check import SPLITS, Checked, check_data
 from agvm_ds.mmdet.checks.disk import too_little_room
@@ -38,7 +37,7 @@ def main() -> None:
     checked = check_data(cfg, args.splits, args.allow_other_categories)
     if args.decode:
         decode(checked, args.workers)
-    show(checked, too_little_room(cfg, work_dir_of(cfg, args.config, args.work_dir)), Console())
+    show(checked, too_little_room(cfg, work_dir_of(cfg, args.config, args.work_dir)), Console(markup=False))
     if checked.lines():
         sys.exit(EXIT_BAD_INPUT)
 
@@ -67,9 +66,9 @@ def show(checked: Checked, room: str | None, console: Console) -> None:
     findings = Table("", Column("what and where", overflow="fold"), show_lines=True)
     for kind, noted in (("refused", False), ("noted", True)):
         for line in checked.lines(noted):
-            findings.add_row(kind, Text(line))  # brackets are no markup
+            findings.add_row(kind, line)
     if room is not None:
-        findings.add_row("warning", Text(room))
+        findings.add_row("warning", room)
     console.print(
         findings if findings.row_count else "nothing found: the data are in order, and there is room for checkpoints"
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from agvm_ds.config import ConfigError
 from agvm_ds.mmdet.planning.proposal import Proposal, propose
@@ -49,7 +48,7 @@ def main() -> None:
     proposal = propose(Request(**options))
     if file is not None:
         write(file, proposal.text)
-    show(proposal, str(file or "X.json"), Console())
+    show(proposal, str(file or "X.json"), Console(markup=False))
 
 
 def write(file: Path, text: str) -> None:
@@ -64,7 +63,7 @@ def show(proposal: Proposal, file: str, console: Console) -> None:
     """The table, the JSON, the command."""
     table = Table(*(Column(name, overflow="fold") for name in ("figure", "value", "rule or source")))
     for row in proposal.rows:
-        table.add_row(row.figure, row.value, Text(row.rule))  # brackets are no markup
+        table.add_row(row.figure, row.value, row.rule)
     console.print(table)
     print(f"\n{file}:\n{proposal.text}\n{proposal.command(file)}")
 

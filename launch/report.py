@@ -25,9 +25,10 @@ def main() -> None:
     runs = read_runs(args.work_dirs)
     made = f"Made {time.strftime('%Y-%m-%d')} by agvm_ds {version('agvm_ds')}."
     try:
-        print(write_page(runs, args.out or args.work_dirs[0] / "report", made))
+        page = write_page(runs, args.out or args.work_dirs[0] / "report", made)
     except OSError as error:
         raise ConfigError(f"--out: {error.filename}: {error.strerror}") from None
+    print(page)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
         table = Table("metric", "value")
         for name, value in metrics.items():
             table.add_row(name, str(value))
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,20 @@ from mmcv import Config
 
 from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.mmdet.plan import Plan
-from agvm_ds.report.runs import CONFIG_FILE, JSON_FILE, RUN_FILE
+from agvm_ds.report.runs import CONFIG_FILE, JSON_FILE, LOG, RUN_FILE
 
 
-def write_record(cfg: Config, plan: Plan, runner: Any, updates: int) -> None:
+def write_record(cfg: Config, plan: Plan, runner: Any, updates: int, resumed: bool) -> None:
     """``config.py`` (mmdet) and ``deepspeed.json``, both as effective, and ``run.json``; rank 0 does it.
 
     run.json: {"command", "config", "started", "seed", "batch", "micro_batch", "accumulation", "ranks", "updates",
-    "updates_per_epoch" (null without epochs)}.
+    "updates_per_epoch" (null without epochs), "logs" (names without their endings; a resumed run has several)}.
     """
     if runner.rank != 0:
         return
     work_dir = Path(runner.work_dir)
     (work_dir / JSON_FILE).write_text(json.dumps(effective_json(plan, runner.engine), indent=2) + "\n")
-    (work_dir / CONFIG_FILE).write_text(runner.meta["config"])
+    (work_dir / CONFIG_FILE).write_text(runner.meta["config"], encoding="utf-8")
     record = {
         "command": command(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -38,8 +38,17 @@ def write_record(cfg: Config, plan: Plan, runner: Any, updates: int) -> None:
         "ranks": plan.batch.ranks,
         "updates": updates,
         "updates_per_epoch": runner.updates_per_epoch,
+        "logs": [*(_earlier_logs(work_dir) if resumed else []), runner.timestamp],
     }
     (work_dir / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _earlier_logs(work_dir: Path) -> list[str]:
+    """Of the run that is resumed; all that are there when nothing tells."""
+    try:
+        return list(json.loads((work_dir / RUN_FILE).read_text())["logs"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return sorted(file.name.removesuffix(LOG) for file in work_dir.glob(f"*{LOG}"))
 
 
 def effective_json(plan: Plan, engine: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def rehearse(cfg: Config, plan: Plan, runner: Any, loader: Any, modules: list[tu
     comm.barrier()
     if engine.global_rank != 0:
         return
-    console = Console()
+    console = Console(markup=False)
     console.print(table("modules", ("module", "parameters", "share", "frozen", "lr", "weight decay"), modules))
     console.print(
         table(

@@ -35,6 +35,18 @@ class EngineRunner(Checkpointing):
         """The DeepSpeed engine."""
         return self.model.engine
 
+    def call_hook(self, fn_name: str) -> None:
+        """mmcv's; what is learned from the last hook before an update are the rates that it is made with."""
+        super().call_hook(fn_name)  # type: ignore[misc]
+        if fn_name == "before_train_iter":
+            self._rates = super().current_lr()  # type: ignore[misc]
+
+    def current_lr(self) -> list[float]:
+        """For the log, the rates of the last update: a scheduler of DeepSpeed's has moved on to the next one's."""
+        return list(self._rates or super().current_lr())  # type: ignore[misc]
+
+    _rates: list[float] | None = None
+
     def weights(self) -> StateDict:
         """What is evaluated and published; every rank must call it."""
         weights = gather_weights(self.engine, self.saving.unrounded)

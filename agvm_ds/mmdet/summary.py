@@ -38,7 +38,7 @@ def summarize(
         written.append(plot_modules(log, work_dir / MODULES_PICTURE, work_dir.name))
     if evaluation is not None and evaluation.latest_results is not None:
         written.append(_draw(evaluation.dataloader.dataset, evaluation.latest_results, work_dir / DETECTIONS_PICTURE))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for path in filter(None, written):
         console.print(f"picture: {path}")

@@ -144,7 +144,7 @@ def run(options: TrainOptions, plan: Plan, cfg: Config, work_dir: Path, watch: R
         runner.resume_state(loader, options.allow_older)
     else:
         runner.set_earlier_aside()
-    write_record(cfg, plan, runner, updates)
+    write_record(cfg, plan, runner, updates, options.resume)
     if engine.global_rank == 0:
         if engine.agvm is not None:
             engine.agvm.listeners.append(JsonLines(work_dir / FILE_NAME, engine.agvm))

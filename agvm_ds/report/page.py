@@ -42,7 +42,7 @@ def write_page(runs: Sequence[Run], folder: Path, made: str) -> Path:
         made=made,
     )
     draft = folder / f".{PAGE}"
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, folder / PAGE)
     return folder / PAGE
 

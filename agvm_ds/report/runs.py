@@ -15,6 +15,8 @@ from agvm_ds.report.measures import Measures, read_measures
 RUN_FILE, JSON_FILE, CONFIG_FILE = "run.json", "deepspeed.json", "config.py"
 RUN_FILES = (RUN_FILE, JSON_FILE, CONFIG_FILE, FILE_NAME)
 """What a run leaves about itself beside its log; the last with AGVM alone."""
+LOG = ".log.json"
+"""How mmcv's logs end, after their time."""
 NO_METRICS = ("mode", "epoch", "iter", "lr", "update", "memory")
 
 
@@ -32,11 +34,19 @@ class Run:
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     val: dict[int, dict[str, Any]] = field(default_factory=dict)
     measures: Measures | None = None
+    saved: int = 0
+    """Updates in its newest checkpoint."""
 
     @property
     def batch(self) -> int:
         """Images in an update."""
         return int(self.record["batch"])
+
+    @property
+    def done(self) -> int:
+        """Updates, as the last word of it has them: mmcv logs no interval that an epoch cuts off."""
+        measured = self.measures.updates if self.measures is not None else []
+        return max([self.saved, *self.train, *self.val, *(update + 1 for update in measured[-1:])])
 
     @property
     def metric(self) -> str | None:
@@ -76,7 +86,7 @@ class Run:
             "highest lr": f"{max(rates):.4g}" if rates else "-",
             "AGVM": agvm,
             "ZeRO": str((self.deepspeed.get("zero_optimization") or {}).get("stage", 0)),
-            "updates": f"{max(self.train, default=0)} of {self.record['updates']}",
+            "updates": f"{self.done} of {self.record['updates']}",
             "last loss": f"{losses[-1]:.3f}" if losses else "-",
             "last score": f"{scores[-1]:.3f} {metric}" if scores else "-",
             "best score": f"{max(scores):.3f}" if scores else "-",
@@ -110,17 +120,27 @@ def read_run(work_dir: Path) -> Run:
     if missing:
         raise ConfigError(f"{work_dir}: not a work dir of launch/train.py: {', '.join(missing)} not there")
     record, block = (_object(work_dir / name) for name in (RUN_FILE, JSON_FILE))
-    lines = list(_log_lines(work_dir))
+    lines = list(_log_lines(work_dir, record.get("logs")))
     per_epoch = record["updates_per_epoch"]
     return Run(
         name=work_dir.resolve().name,
         record=record,
         deepspeed=block,
-        config=(work_dir / CONFIG_FILE).read_text(),
+        config=(work_dir / CONFIG_FILE).read_text(encoding="utf-8"),
         train={_update(line, per_epoch): line for line in lines if line.get("mode") == "train"},
         val={int(line["update"]): line for line in lines if line.get("mode") == "val" and "update" in line},
         measures=read_measures(work_dir / FILE_NAME) if (block.get("agvm") or {}).get("enabled") else None,
+        saved=_saved(work_dir / "deepspeed"),
     )
+
+
+def _saved(checkpoints: Path) -> int:
+    """Updates in the newest checkpoint; 0 where there is none, or none that can be read."""
+    try:
+        newest = (checkpoints / "latest").read_text().strip()
+        return int(json.loads((checkpoints / newest / "manifest.json").read_text())["update"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -140,9 +160,14 @@ def _update(line: Mapping[str, Any], per_epoch: int | None) -> int:
     return before + int(line["iter"])
 
 
-def _log_lines(work_dir: Path) -> Iterator[dict[str, Any]]:
-    """Of all its logs, the oldest first; a line that a killed run left unfinished is passed over."""
-    for file in sorted(work_dir.glob("*.log.json")):
+def _log_lines(work_dir: Path, names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """Of the run's logs, the oldest first; a line that a killed run left unfinished is passed over.
+
+    names: of its logs, for another run's may be there too; None: all.
+    """
+    for file in sorted(work_dir.glob(f"*{LOG}")):
+        if names is not None and file.name.removesuffix(LOG) not in names:
+            continue
         for text in file.read_text().splitlines():
             try:
                 line = json.loads(text)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -276,6 +277,8 @@ def test_a_new_run_sets_the_earlier_ones_checkpoints_aside(runs: Runs, two_epoch
     (aside,) = work.glob("deepspeed_*")
     assert (aside / "latest").read_text() == "epoch_2"
     assert all((aside / name).read_bytes() == content for name, content in told.items())
+    logs = json.loads((work / "run.json").read_text())["logs"]
+    assert len(logs) == 1 and logs != json.loads(told["run.json"])["logs"]
     survived("a new run in a used work dir", "the earlier checkpoints are set aside", runs.lost(work))
     shutil.rmtree(work / "deepspeed")
     aside.rename(work / "deepspeed")

@@ -72,10 +72,16 @@ def tool(script: str, *words: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """A finished run of two epochs, three updates each; stage 2 as a user starts it. Its folder is named like a pattern."""
+    """A finished run of two epochs, three updates each; stage 2 as a user starts it, stage 3 with a scheduler of DeepSpeed's.
+
+    Its folder is named like a pattern.
+    """
     place = tmp_path_factory.mktemp(f"stage{request.param}")
     settings = json.loads((ROOT / f"ds_configs/agvm_zero{request.param}.json").read_text())
     settings["agvm"] |= {"interval": 2, "start_step": 1}
+    if request.param == 3:
+        warm_up = {"warmup_min_lr": 0.001, "warmup_max_lr": 0.006, "warmup_num_steps": 4, "warmup_type": "linear"}
+        settings["scheduler"] = {"type": "WarmupLR", "params": warm_up}
     arguments = words(write_json(place, settings), place / "lr=[0.25, 4]", digits)
     if request.param == 2:
         done = with_launcher(ROOT / "launch/train.py", arguments)
@@ -182,6 +188,8 @@ def test_a_resumed_run_is_the_whole_run(work_dir: Path, digits: Path) -> None:
     again = torch.load(work_dir / "epoch_2.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert (work_dir / "agvm.jsonl").read_text() == measures
+    logs = {file.name.split(".")[0] for file in work_dir.glob("*.log.json")}
+    assert len(logs) == 2 and set(json.loads((work_dir / "run.json").read_text())["logs"]) == logs
 
 
 DELAYED = """

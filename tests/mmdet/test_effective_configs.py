@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,9 +36,10 @@ def test_the_modules_are_those_of_the_run(modules: Any, tmp_path: Path) -> None:
     net = Net()
     engine = SimpleNamespace(module=net, agvm=SimpleNamespace(config=plan.agvm))
     meta = {"config": cfg.pretty_text}
-    write_record(
-        cfg, plan, SimpleNamespace(rank=0, engine=engine, work_dir=tmp_path, meta=meta, updates_per_epoch=10), 20
+    runner = SimpleNamespace(
+        rank=0, engine=engine, work_dir=tmp_path, meta=meta, updates_per_epoch=10, timestamp="20260102_000000"
     )
+    write_record(cfg, plan, runner, 20, resumed=False)
     again = load_config(tmp_path / "deepspeed.json")
     block = read_block(again)
     assert block is not None
@@ -47,3 +49,22 @@ def test_the_modules_are_those_of_the_run(modules: Any, tmp_path: Path) -> None:
     assert "rest" in names
     assert again["gradient_accumulation_steps"] == 4
     assert read_config(str(tmp_path / "config.py")).data.train_dataloader.samples_per_gpu == 2
+
+
+def test_a_runs_logs_are_on_record(tmp_path: Path) -> None:
+    """A new run has one, whatever is there; a resumed one has those of before: as run.json says, else all."""
+    cfg = read_config(None)
+    plan = make_plan({"train_batch_size": 16}, cfg, ranks=2)
+    engine = SimpleNamespace(module=Net(), agvm=None)
+
+    def logs(time: str, resumed: bool) -> list[str]:
+        runner = SimpleNamespace(
+            rank=0, engine=engine, work_dir=tmp_path, meta={"config": ""}, updates_per_epoch=None, timestamp=time
+        )
+        write_record(cfg, plan, runner, 20, resumed)
+        return list(json.loads((tmp_path / "run.json").read_text())["logs"])
+
+    (tmp_path / "1.log.json").touch()
+    assert logs("2", resumed=True) == ["1", "2"]
+    assert logs("3", resumed=False) == ["3"]
+    assert logs("4", resumed=True) == ["3", "4"]

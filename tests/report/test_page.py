@@ -136,6 +136,26 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "1 measures in the last 50% of the run; at least 10 are needed" in page.text
 
 
+def test_an_earlier_runs_log_in_the_folder_is_no_part_of_a_run(tmp_path: Path) -> None:
+    place = work_dir(tmp_path / "W", measures=0)
+    (place / "run.json").write_text(json.dumps({**RECORD, "logs": ["20260101_000100"]}))
+    assert read_run(place).curve("loss") == ([32, 40], [1.0, 1.0])
+
+
+def test_a_run_has_made_the_updates_of_its_last_word(tmp_path: Path) -> None:
+    """mmcv logs no interval that an epoch cuts off."""
+    place = work_dir(tmp_path / "W", measures=36)
+    (place / "20260101_000000.log.json").write_text(log_line(8))
+    (place / "20260101_000100.log.json").unlink()
+    assert read_run(place).words()["updates"] == "36 of 40"
+    (place / "deepspeed/epoch_2").mkdir(parents=True)
+    (place / "deepspeed/latest").write_text("epoch_2")
+    (place / "deepspeed/epoch_2/manifest.json").write_text('{"update": 40}')
+    assert read_run(place).words()["updates"] == "40 of 40"
+    (place / "deepspeed/epoch_2/manifest.json").write_text("[]")
+    assert read_run(place).words()["updates"] == "36 of 40"
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     first, second, third = (work_dir(tmp_path / name, measures=0) for name in ("a/work", "b/work", "b/other"))
     assert [run.name for run in read_runs([first, third])] == ["work", "other"]

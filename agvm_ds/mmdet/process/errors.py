@@ -6,6 +6,7 @@ first to find it tells it, and the others end only when it has been told.
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -64,6 +65,8 @@ def main_of_rank(main: Callable[[], None]) -> None:
     When a rank dies, the others of its host name it once, and exit with 1; so do those of other hosts, which only know that
     it does not answer.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a Φ, and no run ends for want of one
     try:
         main()
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from agvm_ds.mmdet.process.errors import main_of_rank
 from tests.launch import free_port
 
 PROGRAM = """
@@ -97,3 +99,11 @@ def test_a_host_tells_what_rank_zero_does_not(monkeypatch: pytest.MonkeyPatch) -
     errors.tell_once("error: only here", every_host=False, patience=0.5)
     assert said == ["error: only here"]
     assert 0.4 < time.monotonic() - begin < 5
+
+
+def test_a_terminal_without_the_letter_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that had trained to its end once ended with 1: its table has a Φ."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    main_of_rank(lambda: print("variance Φ", flush=True))
+    assert written.getvalue() == b"variance ?\n"
