@@ -74,7 +74,7 @@ class Controller:
         self._said: set[str] = set()
         self._estimator = estimator_of(config, self.preconditioned, shards)
         owned = {id(owned.parameter) for owned in optimizer.owned}
-        self._not_owned = [p for p in shards.engine.module.parameters() if id(p) not in owned]
+        self._frozen = [p for p in shards.engine.module.parameters() if id(p) not in owned and not p.requires_grad]
         self._observing = self._paused = self._broken = False
         self._micro_batches = 0
         self._seen: set[int] = set()
@@ -318,7 +318,7 @@ class Controller:
             self._warn_once(
                 f"update {t}: parameters of {name} were frozen after the start; {_FROZEN}", f"frozen {name}"
             )
-        if any(p.requires_grad for p in self._not_owned):
+        if any(p.requires_grad for p in self._frozen):
             self._warn_once(f"update {t}: {_THAWED}", "thawed")
 
     def _warn_once(self, message: str, about: str = "") -> None:

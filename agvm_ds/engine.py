@@ -51,16 +51,17 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` with AGVM in it: same arguments, same four return values; ``engine.agvm`` is set.
 
-    config: a DeepSpeed configuration (dict or path; or ``args.deepspeed_config``). With an ``agvm`` block the
-    ``optimizer`` block names AGVM's base, and the model's parameters (or ``model_parameters``: parameters or groups) are
-    cut into modules; without it, or with ``"enabled": false``, this is plain DeepSpeed and ``engine.agvm`` is None.
+    config: a DeepSpeed configuration (dict or path; or ``config_params``, or ``args.deepspeed_config``). With an ``agvm``
+    block the ``optimizer`` block names AGVM's base, and the model's parameters (or ``model_parameters``: parameters or
+    groups) are cut into modules; without it, or with ``"enabled": false``, this is plain DeepSpeed and ``engine.agvm`` is
+    None.
     optimizer: None, or an ``agvm_ds.AGVM`` (any optimizer when AGVM is off).
 
     Raises ConfigError, before training, for whatever cannot be measured.
     """
     if model is None:
         raise ConfigError("initialize: needs a model")
-    args, config = _one_config(args, config)
+    args, config = _one_config(args, config, options.pop("config_params", None))
     block = read_block(config)
     # AGVM, and torch's SGD as its baseline, are "untested" for ZeRO; the key only opens a door.
     config.setdefault("zero_allow_untested_optimizer", True)
@@ -83,10 +84,13 @@ def initialize(
     return result
 
 
-def _one_config(args: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+def _one_config(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any]]:
     named = getattr(args, "deepspeed_config", None)
+    config = config if config is not None else config_params  # as DeepSpeed has it
     if (config is None) == (named is None):
-        raise ConfigError("initialize: give the DeepSpeed config once, as config or as args.deepspeed_config")
+        raise ConfigError(
+            "initialize: give the DeepSpeed config once, as config, config_params or args.deepspeed_config"
+        )
     if named is not None:
         args = copy.copy(args)
         args.deepspeed_config = None

@@ -82,6 +82,7 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
 
     Batch sizes are left out: they depend on the number of ranks.
     """
+    _refuse_text(config)
     rest = {key: value for key, value in config.items() if key not in BATCH_KEYS}
     try:
         DeepSpeedConfig(copy.deepcopy({**rest, "train_micro_batch_size_per_gpu": 1}))
@@ -91,6 +92,37 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
     except Exception as error:  # DeepSpeed checks with asserts, and takes values apart without looking
         raise ConfigError(f"DeepSpeed refuses its config: {type(error).__name__}: {error}") from error
     _refuse_scheduler(config.get("scheduler") or {})
+
+
+def _refuse_text(config: Mapping[str, Any]) -> None:
+    """DeepSpeed passes over "auto", which a trainer of Hugging Face's fills in, and hands the rest on as it is."""
+    problems = []
+    for key in SWITCHES:
+        block = config.get(key)
+        if isinstance(block, Mapping) and isinstance(block.get("enabled"), str):
+            problems.append(f"{key}.enabled = {block['enabled']!r}: must be true or false")
+    for key in ("optimizer", "scheduler"):
+        params = (config.get(key) or {}).get("params") or {}
+        for name, value in params.items():
+            if any(map(_is_number_as_text, value if isinstance(value, list) else [value])):
+                problems.append(f"{key}.params.{name} = {value!r}: must be a number, and is text")
+    if problems:
+        raise ConfigError(
+            "\n  ".join(['the DeepSpeed config has text where nobody fills in ("auto") or reads a number:', *problems])
+        )
+
+
+SWITCHES = ("fp16", "bf16", "bfloat16", "torch_autocast")
+
+
+def _is_number_as_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return value == "auto"
+    return True
 
 
 def refuse_fp16(config: Mapping[str, Any]) -> None:
@@ -132,10 +164,14 @@ def _refuse_scheduler(block: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, lr_schedules.VALID_LR_SCHEDULES, 1)
         hint = f"did you mean {near[0]}?" if near else f"DeepSpeed has {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
         raise ConfigError(f"scheduler.type = {name!r}: not known; {hint}")
+    if kind is None:
+        return
+    params = block.get("params") or {}
     try:
-        if kind is not None:
-            signature(kind).bind(None, **(block.get("params") or {}))
-    except TypeError as error:
+        signature(kind).bind(None, **params)
+        if not any(isinstance(value, list) for value in params.values()):  # which would be a value for each group
+            kind(torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]), **params)
+    except Exception as error:  # asserts, and values taken apart without looking, as above
         raise ConfigError(f"scheduler.params of {name}: {error}") from None
 
 

@@ -23,6 +23,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no config": ({"model": Toy()}, "give the DeepSpeed config once"),
     "two configs": ({"model": Toy(), "config": CONFIG, "args": ARGS}, "give the DeepSpeed config once"),
     "no base": ({"model": Toy(), "config": WITHOUT_OPTIMIZER}, 'has no "optimizer" block, and none was passed'),
+    "no base in config_params": ({"model": Toy(), "config_params": WITHOUT_OPTIMIZER}, 'has no "optimizer" block'),
     "another optimizer": (
         {"model": Toy(), "config": CONFIG, "optimizer": torch.optim.SGD(Toy().parameters(), lr=0.1)},
         r"the optimizer is SGD: pass agvm_ds.AGVM\(groups, base=...\)",

@@ -172,6 +172,11 @@ def prepare(options: TrainOptions) -> tuple[Plan, Config, Path]:
     refuse_unsupported(cfg, plan)
     work_dir = work_dir_of(cfg, options.config, options.work_dir)
     cfg.work_dir = str(work_dir)
+    seed = options.seed if options.seed is not None else cfg.get("seed")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed = {seed}: must be 0 to 2**32 - 1")
+    if options.validate and "evaluation" in cfg and cfg.evaluation is None:
+        raise ConfigError("evaluation = None: to train without evaluations use --no-validate")
     if options.resume and options.dry_run:
         raise ConfigError("--dry-run shows a run from its beginning: leave out --resume")
     if options.resume:

@@ -51,6 +51,19 @@ def frozen_later(run: Run) -> Any:
         return messages, mu, engine.agvm.scale_factors["neck"], engine.agvm.variances
 
 
+def a_part(run: Run) -> tuple[list[str], float]:
+    """The caller trains a part of what could be trained: nothing of that has been thawed."""
+    model = Toy()
+    part = [*model.backbone.parameters(), *model.neck.parameters()]
+    with (
+        heard() as messages,
+        started(config(run, modules=["backbone", "neck"]), model, model_parameters=part) as engine,
+    ):
+        for t in range(2):
+            update(engine, t)
+        return messages, engine.agvm.variances["neck"]
+
+
 def used_twice(run: Run) -> str:
     """A module in two reentrant checkpoints of one forward."""
     with started(config(run), UsedTwice()) as engine:
@@ -206,7 +219,7 @@ def kept(engine: Any) -> int:
     return sum(tensor.numel() for tensor in [*buckets, *reduction._owned])
 
 
-CHECKS = [no_longer_used, frozen_later, left_early, memory, in_turn, uneven]
+CHECKS = [no_longer_used, frozen_later, a_part, left_early, memory, in_turn, uneven]
 ALONE = [used_twice, after_a_short_update, broken_off]
 """In one rank; a model that fails, or is cut short, in ZeRO stages that go on by themselves."""
 OF_SGD = [one_after_another, given_otherwise]
@@ -253,6 +266,12 @@ def test_a_module_that_is_no_longer_used_keeps_its_scale_factor(run: Run, found:
     assert messages == [
         "AGVM: update 2: module aux_head has no gradient to measure; its scale factor stays (said once)"
     ]
+
+
+@every_run
+def test_what_the_caller_leaves_untrained_was_not_thawed(run: Run, found: dict[str, Any]) -> None:
+    messages, variance = found["a_part"][run]
+    assert [m for m in messages if "thawed" in m] == [] and 0 < variance < 2
 
 
 @every_run

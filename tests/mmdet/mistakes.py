@@ -134,6 +134,22 @@ DEEPSPEED = {
     "json: scheduler params": bad(
         "scheduler.params", "'steps'", json={"scheduler": {"type": "WarmupLR", "params": {"steps": 1}}}
     ),
+    "json: scheduler values": bad(
+        "scheduler.params of WarmupLR: warmup_num_steps must be a positive integer",
+        json={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
+    ),
+    "json: auto": bad(
+        "bf16.enabled = 'auto': must be true or false",
+        "optimizer.params.lr = 'auto': must be a number",
+        "optimizer.params.betas = [0.9, '0.99']: must be a number",
+        "scheduler.params.warmup_num_steps = 'auto'",
+        json={
+            "bf16": {"enabled": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, "0.99"]}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_type": "log"}},
+        },
+    ),
+    "json: bf16 a string": bad("bf16.enabled = 'false': must be true or false", json={"bf16": {"enabled": "false"}}),
     "json: clipping a string": bad("gradient_clipping = '1': must be a number", json={"gradient_clipping": "1"}),
     "json: clipping true": bad("gradient_clipping = True: must be a number", json={"gradient_clipping": True}),
     "json: flag a string": bad("prescale_gradients = 'no': must be true or false", json={"prescale_gradients": "no"}),
@@ -226,6 +242,8 @@ COMMAND_LINE = {
     "words: no pair": bad("'foo' is not KEY=VALUE", words=("--cfg-options", "foo")),
     "words: brackets": bad("--cfg-options", "mbalanced", words=("--cfg-options", "a=[1,(2]")),
     "words: seed": bad("--seed", "'x'", words=("--seed", "x")),
+    "words: negative seed": bad("seed = -1: must be 0 to 2**32 - 1", words=("--seed", "-1")),
+    "config: no evaluation": bad("evaluation = None", "--no-validate", config="evaluation = None"),
     "words: no value": bad("--work-dir", "expected one argument", words=("--work-dir",)),
     "words: nothing to resume": bad("nothing to resume", words=("--resume",)),
     "words: no weights": bad("--load-from: not found: no.pth", words=("--load-from", "no.pth")),
