@@ -33,7 +33,7 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
         cfg = replace_cfg_vals(Config.fromfile(str(path)))
         update_data_root(cfg)
         move_data(cfg, (options or {}).get("data_root"))
-        cfg.merge_from_dict(dict(options or {}))
+        _merge(cfg, dict(options or {}))
         if problems := shape_problems(cfg):
             raise ConfigError("\n  ".join([f"config {path}:", *problems]))
         return compat_cfg(cfg)
@@ -43,6 +43,16 @@ def read_config(name: str | None, options: Mapping[str, Any] | None = None) -> C
         # mmcv raises a bare ImportError for what custom_imports names
         reason = str(error) or error.__context__ or ""
         raise ConfigError(f"config {path}: {type(error).__name__}: {reason}") from error
+
+
+def _merge(cfg: Config, options: dict[str, Any]) -> None:
+    try:
+        cfg.merge_from_dict(options)
+    except Exception as error:  # mmcv goes down the keys without looking
+        words = " ".join(f"{key}={value}" for key, value in options.items())
+        raise ConfigError(
+            f"--cfg-options {words}: one of them has no place in the config: {type(error).__name__}: {error}"
+        ) from error
 
 
 BUILDING = (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)

@@ -254,7 +254,9 @@ COMMAND_LINE = {
         words=("--work-dir", "{place}/a_file/work"),
         files=lambda p: (p / "a_file").touch(),
     ),
-    "words: option of no place": bad("config", "TypeError", words=("--cfg-options", "model.type.x=1")),
+    "words: option of no place": bad(
+        "--cfg-options model.type.x=1: one of them has no place", words=("--cfg-options", "model.type.x=1")
+    ),
 }
 
 DATA = {
