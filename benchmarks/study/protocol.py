@@ -56,6 +56,7 @@ BATCHES_ALONE = (16, 64)
 """At which those are trained."""
 
 ABLATION: tuple[Mapping[str, Any], ...] = (
+    {},
     {"ema_decay": 0.0},
     {"ema_decay": 0.5},
     {"ema_decay": 0.99},
@@ -65,6 +66,7 @@ ABLATION: tuple[Mapping[str, Any], ...] = (
     {"ratio_bounds": [0.25, 4.0]},
     {"ratio_bounds": [0.1, 100.0]},
 )
+"""The first changes nothing: the ablation had another machine than the runs that it was compared with."""
 
 OTHER_NORM = "GN"
 """What the backbone has of series ``causes`` in the place of BatchNorm."""

@@ -49,6 +49,8 @@ NOTES = {
     "edge of the rates tried. (k): only k seeds yet.",
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     HALFWAY: "Each method's chosen rate, and what is halfway to the better of its two neighbours, for both; seeds 1 to 4.",
+    "One setting changed": f'"{tables.AGAIN}" are the same runs on the ablation\'s machine, beside those of the tables '
+    "above; the other rows are beside it; seeds 1 and 2.",
     "Accuracy at equal updates": f"As many updates as at {CENTRAL_BATCH}, at the rate that was chosen there; seeds 1 and 2.",
     "Gradient variance by module and batch": "Mean Φ in the middle half of the plain run with seed 0, at the chosen "
     "rate (over the backbone's).",

@@ -262,11 +262,15 @@ def test_the_tables_have_every_cell() -> None:
 
 def test_what_one_setting_gains_is_told_seed_by_seed() -> None:
     """The unchanged runs have four seeds, the changed ones two."""
-    made = whole(lambda run: 0.5 + 0.1 * run.seed + 0.02 * ("interval" in run.changed))
+    elsewhere = 0.03
+    made = whole(
+        lambda run: 0.5 + 0.1 * run.seed + elsewhere * (run.series == "ablation") + 0.02 * ("interval" in run.changed)
+    )
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.ablation(Study(made)).splitlines()[2:]]
     assert rows[0][1:] == ["nothing", "0.750 ± 0.129", ""]
     (row,) = (row for row in rows if row[:2] == ["SGD", "interval = 5"])
-    assert row[2:] == ["0.670 ± 0.071 (2)", "+0.020 ± 0.000"]
+    assert row[2:] == ["0.700 ± 0.071 (2)", "+0.020 ± 0.000"]
+    assert rows[1][1:] == ["nothing, again", "0.680 ± 0.071 (2)", "+0.030 ± 0.000"]
 
 
 def drawable(line: dict[str, Any]) -> dict[str, Any]:
