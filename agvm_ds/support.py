@@ -101,6 +101,9 @@ def _refuse_text(config: Mapping[str, Any]) -> None:
         block = config.get(key)
         if isinstance(block, Mapping) and isinstance(block.get("enabled"), str):
             problems.append(f"{key}.enabled = {block['enabled']!r}: must be true or false")
+    zero = config.get("zero_optimization")
+    if isinstance(zero, Mapping) and isinstance(zero.get("stage"), str):
+        problems.append(f"zero_optimization.stage = {zero['stage']!r}: must be a number, and is text")
     for key in ("optimizer", "scheduler"):
         params = (config.get(key) or {}).get("params") or {}
         for name, value in params.items():
@@ -108,11 +111,12 @@ def _refuse_text(config: Mapping[str, Any]) -> None:
                 problems.append(f"{key}.params.{name} = {value!r}: must be a number, and is text")
     if problems:
         raise ConfigError(
-            "\n  ".join(['the DeepSpeed config has text where nobody fills in ("auto") or reads a number:', *problems])
+            "\n  ".join(['the DeepSpeed config has text where a value must be (nobody fills in "auto"):', *problems])
         )
 
 
 SWITCHES = ("fp16", "bf16", "bfloat16", "torch_autocast")
+"""Blocks whose ``enabled`` is looked at before DeepSpeed has read it."""
 
 
 def _is_number_as_text(value: Any) -> bool:

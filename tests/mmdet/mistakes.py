@@ -143,10 +143,12 @@ DEEPSPEED = {
         "optimizer.params.lr = 'auto': must be a number",
         "optimizer.params.betas = [0.9, '0.99']: must be a number",
         "scheduler.params.warmup_num_steps = 'auto'",
+        "zero_optimization.stage = '2': must be a number",
         json={
             "bf16": {"enabled": "auto"},
             "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, "0.99"]}},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_type": "log"}},
+            "zero_optimization": {"stage": "2"},
         },
     ),
     "json: bf16 a string": bad("bf16.enabled = 'false': must be true or false", json={"bf16": {"enabled": "false"}}),
