@@ -265,7 +265,7 @@ class Controller:
         factors = self._within_bounds(state["scale_factors"])
         if strict:
             for group, settings in zip(self.optimizer.param_groups, state["groups"], strict=True):
-                group.update(settings)
+                _take(group, settings)
         known = [name for name in self.modules if name in factors]
         for mine, theirs in (
             (self.scale_factors, factors),
@@ -336,3 +336,12 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in group.items() if key != PARAMS}
     assert MODULE in plain
     return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in plain.items()}
+
+
+def _take(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """What is a tensor here (a capturable learning rate, timm's count of steps) stays that one."""
+    for key, value in settings.items():
+        if isinstance(here := group.get(key), torch.Tensor):
+            here.fill_(value)
+        else:
+            group[key] = value

@@ -183,6 +183,18 @@ def test_a_state_of_wider_bounds_is_put_within_this_runs() -> None:
     assert "this run's agvm.ratio_bounds = [0.5, 4.0]: neck 9 -> 2, rpn_head 0.2 -> 0.707107" in messages[0]
 
 
+def test_a_setting_that_is_a_tensor_stays_that_tensor() -> None:
+    """As timm's LAMB counts its steps in its groups; it could not be resumed."""
+    saved = controller()
+    saved.optimizer.param_groups[0] |= {"step": torch.tensor(7.0), "lr": 0.5}
+    agvm = controller()
+    step = torch.tensor(0.0)
+    agvm.optimizer.param_groups[0]["step"] = step
+    agvm.load_state_dict(saved.state_dict())
+    assert agvm.optimizer.param_groups[0]["step"] is step and step == 7
+    assert agvm.optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_infinite_bounds_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         AGVMConfig.model_validate({"ratio_bounds": [0.5, math.inf]})
