@@ -168,11 +168,11 @@ class Study:
         less_alike = fixed.with_(series="causes", multipliers=larger)
         name = f"less alike: fixed, multipliers to the power {POWER}"
         rate = self._halfway_rate(Cell(base, "plain", CENTRAL_BATCH)) or plain.rate
-        halfway = plain.with_(series="halfway", rate=rate)
+        again = plain.with_(series="again")
         return {
             f"{OTHER_NORM} in the backbone: pairwise": (_few(other[0]), _few(other[1])),
-            name: (_all(plain), _all(less_alike)),
-            f"{name}, over plain at {rate:.3g}": (_all(halfway), _all(less_alike)),
+            name: (_all(again), _all(less_alike)),
+            f"{name}, over plain at {rate:.3g}": (_all(again.with_(rate=rate)), _all(less_alike)),
         }
 
     def ablation(self, base: str) -> list[Run]:

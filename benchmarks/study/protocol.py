@@ -80,7 +80,8 @@ class Run:
 
     series: str
     """``epochs``: EPOCHS at every batch; ``updates``: as many as at CENTRAL_BATCH; ``halfway``: EPOCHS with a rate between
-    two of those searched; ``causes``: a guess why AGVM does no more; ``ablation``: one AGVM setting changed."""
+    two of those searched; ``causes``: a guess why AGVM does no more; ``again``: what that is compared with, on its machine;
+    ``ablation``: one AGVM setting changed."""
     base: str
     method: str
     batch: int

@@ -100,6 +100,7 @@ def test_a_study_ends_with_every_cell_reported() -> None:
         "halfway",
         "updates",
         "causes",
+        "again",
         "epochs",
         "ablation",
     ]
@@ -142,9 +143,10 @@ def test_each_guess_why_is_one_change_from_what_was_reported() -> None:
     (norms, fixed, over) = pairs.values()
     assert norms[0] == [run.with_(series="causes", norm="GN") for run in plain[:2]]
     assert {run.method for run in norms[1]} == {"pairwise"} and {run.norm for run in norms[1]} == {"GN"}
-    assert fixed[0] == plain, "which is known already"
+    assert fixed[0] == [run.with_(series="again") for run in plain], "on the machine of what it is compared with"
     assert {run.multipliers["neck"] for run in fixed[1]} == {8.0} and {run.norm for run in fixed[1]} == {"BN"}
-    assert over == (study.halfway(Cell("SGD", "plain", 64))[:4], fixed[1])
+    halfway = study.halfway(Cell("SGD", "plain", 64))[:4]
+    assert over == ([run.with_(series="again") for run in halfway], fixed[1])
     assert len({run.key for pair in pairs.values() for runs in pair for run in runs}) == 16
     rows = [row.split("|")[1:] for row in tables.causes(study).splitlines()[2:]]
     assert [row[-2].strip() for row in rows] == [
