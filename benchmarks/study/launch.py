@@ -18,6 +18,7 @@ from typing import Any
 
 from agvm_ds.demo.data import ensure
 from agvm_ds.monitor import plain_number
+from benchmarks.machine import describe
 from benchmarks.study.plan import DIVERGED, DONE, FAILED, Line
 from benchmarks.study.protocol import (
     ALONE,
@@ -125,6 +126,7 @@ def train(run: Run, folder: Path, commit: str) -> Line:
         "mmdet": mmdet_settings(run),
         "deepspeed": deepspeed_settings(run),
         "commit": commit,
+        "machine": describe()["machine"],
         "seconds": round(time.monotonic() - began),
     }
     if status == FAILED:
