@@ -72,6 +72,9 @@ VALUES: dict[str, Kinds | None] = {
 }
 """The others, with the types of their values (None: not looked at here)."""
 
+SWITCHES = ("fp16", "bf16", "bfloat16", "torch_autocast")
+"""Blocks whose ``enabled`` is looked at before DeepSpeed has read it."""
+
 LIKENESS = 0.75
 """How like a known key an unknown one is when it is taken for a slip of the pen (difflib's ratio)."""
 
@@ -90,7 +93,7 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         where, loaded = f"{config}: ", _read(Path(str(config)))
     else:
         loaded = copy.deepcopy(dict(given))
-    problems = [*_slips(loaded), *_shapes(loaded), *_values(loaded)]
+    problems = [*_slips(loaded), *_shapes(loaded), *_values(loaded), *_texts(loaded)]
     if problems:
         raise ConfigError("\n  ".join([f"{where}the DeepSpeed config has mistakes:", *problems]))
     return loaded
@@ -168,3 +171,28 @@ def _values(config: Mapping[str, Any]) -> Iterator[str]:
     steps = config.get("steps_per_print")
     if isinstance(steps, (int, float)) and steps < 1:
         yield f"steps_per_print = {steps}: must be at least 1"
+
+
+def _texts(config: Mapping[str, Any]) -> Iterator[str]:
+    """Text in the place of a value. DeepSpeed passes over "auto", which Hugging Face's trainer fills in, or hands it on."""
+    blocks = {key: value for key, value in config.items() if isinstance(value, Mapping)}
+    for key in SWITCHES:
+        if isinstance(value := blocks.get(key, {}).get("enabled"), str):
+            yield f"{key}.enabled = {value!r}: must be true or false"
+    if isinstance(value := blocks.get("zero_optimization", {}).get("stage"), str):
+        yield f"zero_optimization.stage = {value!r}: must be a number, and is text"
+    for key in ("optimizer", "scheduler"):
+        params = blocks.get(key, {}).get("params")
+        for name, value in params.items() if isinstance(params, Mapping) else ():
+            if any(map(_is_number_as_text, value if isinstance(value, list) else [value])):
+                yield f"{key}.params.{name} = {value!r}: must be a number, and is text"
+
+
+def _is_number_as_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return value == "auto"
+    return True

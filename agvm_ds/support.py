@@ -82,7 +82,6 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
 
     Batch sizes are left out: they depend on the number of ranks.
     """
-    _refuse_text(config)
     rest = {key: value for key, value in config.items() if key not in BATCH_KEYS}
     try:
         DeepSpeedConfig(copy.deepcopy({**rest, "train_micro_batch_size_per_gpu": 1}))
@@ -92,41 +91,6 @@ def refuse_by_deepspeed(config: Mapping[str, Any]) -> None:
     except Exception as error:  # DeepSpeed checks with asserts, and takes values apart without looking
         raise ConfigError(f"DeepSpeed refuses its config: {type(error).__name__}: {error}") from error
     _refuse_scheduler(config.get("scheduler") or {})
-
-
-def _refuse_text(config: Mapping[str, Any]) -> None:
-    """DeepSpeed passes over "auto", which a trainer of Hugging Face's fills in, and hands the rest on as it is."""
-    problems = []
-    for key in SWITCHES:
-        block = config.get(key)
-        if isinstance(block, Mapping) and isinstance(block.get("enabled"), str):
-            problems.append(f"{key}.enabled = {block['enabled']!r}: must be true or false")
-    zero = config.get("zero_optimization")
-    if isinstance(zero, Mapping) and isinstance(zero.get("stage"), str):
-        problems.append(f"zero_optimization.stage = {zero['stage']!r}: must be a number, and is text")
-    for key in ("optimizer", "scheduler"):
-        params = (config.get(key) or {}).get("params") or {}
-        for name, value in params.items():
-            if any(map(_is_number_as_text, value if isinstance(value, list) else [value])):
-                problems.append(f"{key}.params.{name} = {value!r}: must be a number, and is text")
-    if problems:
-        raise ConfigError(
-            "\n  ".join(['the DeepSpeed config has text where a value must be (nobody fills in "auto"):', *problems])
-        )
-
-
-SWITCHES = ("fp16", "bf16", "bfloat16", "torch_autocast")
-"""Blocks whose ``enabled`` is looked at before DeepSpeed has read it."""
-
-
-def _is_number_as_text(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return value == "auto"
-    return True
 
 
 def refuse_fp16(config: Mapping[str, Any]) -> None:
