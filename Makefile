@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # For what programs start in their turn: the launcher its ranks, DeepSpeed ninja.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-extended test-faults test-hosts bench recipes detectors study study-report docs lint doctor clean
+.PHONY: help setup demo test test-extended test-faults test-gpu test-hosts bench recipes detectors study study-report docs lint doctor clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +35,10 @@ test-extended: $(STAMP) ## one more kind of what many tests show, not in make te
 
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)
 	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
+
+test-gpu: $(STAMP) ## on one GPU, over NCCL: the reference, loss scaling, streams, trainings in half precision (about 20 minutes)
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m "not extended" tests/gpu $(addprefix tests/distributed/,test_golden.py test_loss_scale.py test_options.py)
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m "" tests/distributed/test_trainer_runs.py -k "fp16 or offload or bf16"
 
 test-hosts: $(STAMP) ## launches over two and three hosts, network namespaces of this machine: needs root, sshd and pdsh (about 8 minutes)
 	$(BIN)/python -m pytest -m "" tests/hosts

@@ -3,6 +3,7 @@
 python -m benchmarks              prints every table and saves the figures in work_dirs/bench
 python -m benchmarks --write      puts the tables into docs/performance.md as well
 python -m benchmarks memory       one of them, or some
+DS_ACCELERATOR=cuda python -m benchmarks    those that know a GPU, on one; their tables have places of their own
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import communication, memory, trainer, updates
+from benchmarks import communication, memory, peaks, trainer, updates
 from benchmarks.machine import with_table
+from tests.launch import ON_GPU
 
-PARTS = {
+ON_CPU = {
     "updates": updates.main,
     "memory": memory.main,
     "communication": communication.main,
     "trainer": trainer.main,
 }
+PARTS = {"updates": updates.main, "peaks": peaks.main} if ON_GPU else ON_CPU
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
@@ -37,7 +40,8 @@ def main() -> None:
         print(f"\n== {name}\n", flush=True)
         text = PARTS[name](["--save", str(args.save)])
         if args.write:
-            DOCUMENT.write_text(with_table(DOCUMENT.read_text(), name, text))
+            place = f"{name} on a GPU" if ON_GPU else name
+            DOCUMENT.write_text(with_table(DOCUMENT.read_text(), place, text))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.exactness               as in docs/options.md: 3 minutes on two cores
     python -m benchmarks.exactness --all-ways    each row with every estimator, preconditioning and bucket size: 6 minutes
     python -m benchmarks.exactness --write       the table into docs/options.md
+    DS_ACCELERATOR=cuda python -m benchmarks.exactness   on a GPU, over NCCL
 
-Two ranks, two accumulation steps, six updates of a toy detector; needs no GPU. Differences are absolute, the largest over
-updates, modules and ways of measuring; of scale factors, of parameters.
+Two ranks, two accumulation steps, six updates of a toy detector. Differences are absolute, the largest over updates, modules
+and ways of measuring; of scale factors, of parameters. On a GPU, which both ranks share, the table has a place of its own.
 """
 
 from __future__ import annotations
@@ -15,40 +16,46 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.machine import with_table
 from tests import options
 from tests.comparison import Worst
+from tests.launch import ON_GPU
 from tests.options import ALL_WAYS, WAYS, Key, Option, judge, key_of, runs_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "options.md"
 MARK = "<!-- made by python -m benchmarks.exactness --write -->\n"
+
+HEAD = "### {}, on a GPU" if ON_GPU else "## {}"
 
 SECTIONS: dict[str, Sequence[Option]] = {
     "DeepSpeed's options": options.CONFIGURATIONS,
     "Precision": options.PRECISIONS,
     "Models": options.MODELS,
     "Optimizers": [*options.TORCH_BASES, *options.COMPILED_BASES],
-    "Refused at start": options.refusals(),
+    **({"There alone": options.ON_A_GPU} if ON_GPU else {"Refused at start": options.refusals()}),
 }
 
 
 def main() -> None:
-    """Measure everything and print, or write, the table."""
+    """Measure everything, print the table, and write it if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all-ways", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    lines = []
+    sections = []
     for title, rows in SECTIONS.items():
         runs = runs_of(rows, ALL_WAYS if arguments.all_ways else WAYS)
         with tempfile.TemporaryDirectory() as place:
             found = judge(runs, Path(place))
-        lines += [f"\n## {title}\n", *(refused if title == "Refused at start" else agreeing)(rows, found)]
-    table = "\n".join(lines)
-    if arguments.write:
+        show = refused if title == "Refused at start" else agreeing
+        sections.append("\n".join([f"\n{HEAD.format(title)}\n", *show(rows, found)]))
+        print(sections[-1], flush=True)
+    table = "\n".join(sections)
+    if arguments.write and ON_GPU:
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text(), "what was found on a GPU", table))
+    elif arguments.write:
         head = DOCUMENT.read_text().partition(MARK)[0]
         DOCUMENT.write_text(f"{head}{MARK}{table}\n")
-    else:
-        print(table)
 
 
 def agreeing(rows: Sequence[Option], found: Mapping[Key, Worst | str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
     python -m benchmarks.updates                    an hour on two cores
     python -m benchmarks.updates --rounds 10        a rough look
     python -m benchmarks.updates --only parameters  one of the workloads
+    DS_ACCELERATOR=cuda python -m benchmarks.updates    on one GPU: Faster R-CNN R50 on images of 800 x 1344 pixels
 
 Everything that is compared trains side by side in the same ranks: one engine a way, one update of each in turn, the order
 turning with every round, a barrier before and after each. A ratio is that of two updates of the same round; printed are the
@@ -16,20 +17,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 
 from benchmarks.machine import save
 from benchmarks.naive import NaiveSplit
-from benchmarks.workloads import Workload, demo, ds_config, engine_of, parameters_of, update
-from tests.launch import run_ranks
+from benchmarks.workloads import Workload, demo, ds_config, engine_of, parameters_of, random_images, update
+from tests.launch import ON_GPU, run_ranks
 
 INTERVAL = 10
 WARM_UP = 3
@@ -86,17 +89,33 @@ def _parts(ways: Sequence[Way], size: int = 4) -> Iterator[Sequence[Way]]:
         yield [ways[0], *ways[1:][start : start + size]]
 
 
-CASES = [
+ON_CPU = [
     *(Case("demo", stage, 2, WAYS) for stage in range(4)),
     *(Case("demo", stage, 4, FEW) for stage in range(4)),
     *(Case("parameters", stage, 2, ways) for stage in range(4) for ways in _parts(WAYS)),
     *(Case("parameters", stage, 4, FEW) for stage in range(4)),
 ]
+ALONE = [way for way in WAYS if way.interval == 1 and not way.naive]
+"""Ways for one rank, which has no halves of ranks to send around."""
+CASES = (
+    [
+        *(Case("images", stage, 1, ALONE) for stage in range(4)),
+        *(Case("images fp16", stage, 1, ALONE) for stage in range(1, 4)),
+    ]
+    if ON_GPU
+    else ON_CPU
+)
+WORKLOADS: Mapping[str, Callable[[], Workload]] = {
+    "demo": demo,
+    "parameters": partial(parameters_of, LARGE),
+    "images": partial(random_images, LARGE),
+    "images fp16": partial(random_images, LARGE, "fp16"),
+}
 
 
 def timed(case: Case, rounds: int) -> list[list[float]]:
     """In a rank: seconds of each update, by way and round."""
-    work = demo() if case.workload == "demo" else parameters_of(LARGE)
+    work = WORKLOADS[case.workload]()
     with ExitStack() as stack:
         engines = [stack.enter_context(engine_of(work, _config(case, way, work), way.cut)) for way in case.ways]
         for engine, way in zip(engines, case.ways, strict=True):
@@ -113,14 +132,19 @@ def timed(case: Case, rounds: int) -> list[list[float]]:
 
 
 def _config(case: Case, way: Way, work: Workload) -> dict[str, Any]:
-    return ds_config(work, case.stage, "AdamW", way.agvm)
+    more: dict[str, Any] = {"gradient_accumulation_steps": 2} if case.ranks == 1 else {}
+    more |= {"fp16": {"enabled": True, "loss_scale": 128.0}} if "fp16" in case.workload else {}
+    return ds_config(work, case.stage, "AdamW", way.agvm, **more)
 
 
 def _seconds(engine: Any, work: Workload, t: int) -> float:
+    device = get_accelerator()
     comm.barrier()
+    device.synchronize()
     begin = time.perf_counter()
     update(engine, work, t)
     comm.barrier()
+    device.synchronize()
     return time.perf_counter() - begin
 
 
@@ -178,7 +202,7 @@ def measure(cases: Sequence[Case], rounds: int, folder: Path | None) -> list[dic
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         for case in cases:
-            some = rounds if case.workload == "demo" else max(rounds // 4, LEAST)
+            some = max(rounds // 4, LEAST) if case.workload == "parameters" else rounds
             by_rank = run_ranks(timed, case.ranks, Path(place), case, some, timeout=3600)
             rows += rows_of(case, by_rank[0])
             save(folder, "updates", rows)
@@ -191,7 +215,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     for workload, ranks in dict.fromkeys((row["workload"], row["ranks"]) for row in rows):
         some = [row for row in rows if (row["workload"], row["ranks"]) == (workload, ranks)]
         stages = sorted({row["stage"] for row in some})
-        lines += [f"**{workload}, {ranks} ranks**", ""]
+        lines += [f"**{workload}, {ranks} rank{'s' * (ranks > 1)}**", ""]
         lines += [f"| way | interval | {' | '.join(f'stage {stage}' for stage in stages)} |"]
         lines += ["|---" * (2 + len(stages)) + "|"]
         for way, interval in dict.fromkeys((row["way"], row["interval"]) for row in some if row["way"] != "plain"):
@@ -220,9 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
         default=40,
         help="updates of each way on the demo (default %(default)s); a quarter on the large workload",
     )
-    parser.add_argument("--only", choices=["demo", "parameters"], help="one workload")
+    parser.add_argument("--only", choices=WORKLOADS, help="one workload")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="updates.json is written there")
     args = parser.parse_args(arguments)
     cases = [

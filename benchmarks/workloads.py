@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from mmcv.parallel import collate
 from mmdet.datasets import build_dataset
 from mmdet.models import build_detector
@@ -19,6 +20,7 @@ from agvm_ds.groups import PARAMS, cut_groups
 from agvm_ds.mmdet.configs import read_config
 from agvm_ds.mmdet.detector.model import to_device
 from agvm_ds.mmdet.detector.modules import modules_of
+from agvm_ds.mmdet.detector.precision import enable_half
 from tests.engines import started
 
 SEED = 0
@@ -42,7 +44,8 @@ def demo(batches: int = 8) -> Workload:
     micro = int(cfg.data.train_dataloader.samples_per_gpu)
     images, rank, ranks = build_dataset(cfg.data.train), _rank(), _ranks()
     numbered = [[images[(k * ranks + rank) * micro + i] for i in range(micro)] for k in range(batches)]
-    data = [to_device(collate(samples, samples_per_gpu=micro), "cpu") for samples in numbered]
+    device = get_accelerator().current_device_name()
+    data = [to_device(collate(samples, samples_per_gpu=micro), device) for samples in numbered]
 
     def loss(engine: Any, number: int) -> torch.Tensor:
         torch.manual_seed(number)  # RoI and anchor sampling
@@ -51,6 +54,43 @@ def demo(batches: int = 8) -> Workload:
     def model() -> nn.Module:
         torch.manual_seed(SEED)
         return build_detector(cfg.model)
+
+    return Workload(model, modules_of(model()), micro, loss)
+
+
+def random_images(
+    config: str, half: str | None = None, micro: int = 4, objects: int = 10, size: tuple[int, int] = (800, 1344)
+) -> Workload:
+    """An mmdet config's detector on random images of a size (height, width) with random boxes: all that a GPU has to do.
+
+    half: "fp16" or "bf16", if DeepSpeed is to cast the weights. Boxes only: no masks.
+    """
+    cfg = read_config(config)
+    cfg.model.pop("pretrained", None)
+    device = get_accelerator().current_device_name()
+    torch.manual_seed(SEED + 1000 * _rank())
+    height, width = size
+    corners = torch.rand(micro, objects, 2) * torch.tensor([width - 64.0, height - 64.0])
+    boxes = torch.cat([corners, corners + 32 + 32 * torch.rand(micro, objects, 2)], -1)
+    shape = {"img_shape": (*size, 3), "ori_shape": (*size, 3), "pad_shape": (*size, 3), "batch_input_shape": size}
+    meta = {**shape, "scale_factor": [1.0] * 4, "flip": False, "filename": "", "ori_filename": ""}
+    data = {
+        "img": torch.randn(micro, 3, *size, device=device),
+        "img_metas": [meta] * micro,
+        "gt_bboxes": list(boxes.to(device)),
+        "gt_labels": [torch.randint(0, 80, (objects,), device=device) for _ in range(micro)],
+    }
+
+    def loss(engine: Any, number: int) -> torch.Tensor:
+        torch.manual_seed(number)
+        return engine.module._parse_losses(engine(return_loss=True, **data))[0]
+
+    def model() -> nn.Module:
+        torch.manual_seed(SEED)
+        detector = build_detector(cfg.model)
+        if half is not None:
+            enable_half(detector, half)
+        return detector
 
     return Workload(model, modules_of(model()), micro, loss)
 
@@ -68,7 +108,7 @@ def parameters_of(config: str | None) -> Workload:
         return Untouched(detector)
 
     def loss(engine: Any, number: int) -> torch.Tensor:
-        return engine(torch.ones((), requires_grad=True) * (1 + number % 7))
+        return engine(torch.ones((), requires_grad=True, device=engine.device) * (1 + number % 7))
 
     return Workload(model, modules, 1, loss)
 
@@ -104,17 +144,17 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(_noise(shape.numel()).view(shape) * gradient for shape in ctx.shapes)
+        return gradient, *(_noise(shape.numel(), gradient.device).view(shape) * gradient for shape in ctx.shapes)
 
 
 _BLOCKS: dict[int, torch.Tensor] = {}
 
 
-def _noise(elements: int) -> torch.Tensor:
+def _noise(elements: int, device: torch.device) -> torch.Tensor:
     """The same noise for tensors of one size, another in each rank."""
     if elements not in _BLOCKS:
         generator = torch.Generator().manual_seed(SEED + 1000 * _rank() + elements % 1000)
-        _BLOCKS[elements] = torch.randn(elements, generator=generator) * 1e-3
+        _BLOCKS[elements] = (torch.randn(elements, generator=generator) * 1e-3).to(device)
     return _BLOCKS[elements]
 
 
@@ -137,7 +177,8 @@ def update(engine: Any, work: Workload, t: int) -> None:
 
 def ds_config(work: Workload, stage: int, base: str, agvm: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
     """A DeepSpeed configuration, torch's optimizer in it on a CPU; ``agvm``: its block, None for plain DeepSpeed."""
-    params: dict[str, Any] = {"lr": 1e-4, "torch_adam": True} if base == "AdamW" else {"lr": 1e-3, "momentum": 0.9}
+    adam = {"lr": 1e-4, "torch_adam": get_accelerator().device_name() == "cpu"}
+    params: dict[str, Any] = adam if base == "AdamW" else {"lr": 1e-3, "momentum": 0.9}
     config = {
         "train_micro_batch_size_per_gpu": work.micro_batch,
         "gradient_clipping": 0.0,

@@ -22,10 +22,10 @@ class Expected:
     parameters: dict[str, torch.Tensor]
 
 
-def expected_of(reference: Reference, updates: int, rates: Sequence[float] = ()) -> list[Expected]:
+def expected_of(reference: Reference, updates: int | range, rates: Sequence[float] = ()) -> list[Expected]:
     """Train the reference, with the learning rate of each update where ``rates`` gives them."""
     result = []
-    for t in range(updates):
+    for t in range(updates) if isinstance(updates, int) else updates:
         reference.options["lr"] = rates[t] if rates else reference.options["lr"]
         reference.update(t)
         values = {name: p.detach().clone() for name, p in reference.model.named_parameters()}

@@ -90,7 +90,7 @@ def masters(engine: Any) -> dict[str, torch.Tensor]:
     In fp32 the model's own are the same, and right with ``round_robin_gradients``, where DeepSpeed's look-up is not.
     """
     found = parameters(engine)
-    if not engine.bfloat16_enabled():
+    if not (engine.bfloat16_enabled() or engine.fp16_enabled()):
         return found
     if engine.zero_optimization_stage():
         for name, p in engine.module.named_parameters():
@@ -129,7 +129,7 @@ def record(engine: Any) -> Record:
         dict(agvm.variances),
         dict(agvm.noise_scales),
         {name: float(rate) for name, rate in agvm.optimizer.rates.items()},
-        masters(engine),
+        {name: value.cpu() for name, value in masters(engine).items()},
         agvm.steps,
         agvm.measured,
     )

@@ -2,6 +2,9 @@
 
 Children are forked from a clean server process that has imported torch and deepspeed once, so that a test pays for its
 ranks and not for their imports. Rendezvous is a file, so no port can be taken.
+
+With DS_ACCELERATOR=cuda all ranks of a test share the first GPU, over NCCL, each as a host of its own: NCCL refuses two
+ranks of one host on one GPU. They are then started afresh, for a process that has looked at a GPU must not be forked.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.standins", "tests.preload"])
+ON_GPU = os.environ.get("DS_ACCELERATOR") == "cuda"
+CONTEXT: Any = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
+if not ON_GPU:
+    CONTEXT.set_forkserver_preload(["tests.standins", "tests.preload"])
 
 
 class RankFailure(AssertionError):
@@ -35,7 +40,7 @@ def run_ranks(
     timeout: float = 240,
     local_size: int | None = None,
 ) -> list[Any]:
-    """Call ``function(*args)`` in ``world_size`` ranks of a gloo group; return what each returned, by rank.
+    """Call ``function(*args)`` in ``world_size`` ranks of a group; return what each returned, by rank.
 
     local_size: how many ranks DeepSpeed takes a host to have; all, unless given, and then it sums in shared memory.
 
@@ -78,17 +83,12 @@ def _wait(ranks: list[Any], place: Path, timeout: float) -> None:
 def _rank(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, local_size: int, place: str
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(local_size),
-    }
+    set_rank(rank, world_size, local_size)
     import deepspeed
 
     try:
         deepspeed.init_distributed(
-            "gloo",
+            "nccl" if ON_GPU else "gloo",
             auto_mpi_discovery=False,
             init_method=f"file://{place}/rendezvous",
             rank=rank,
@@ -100,6 +100,16 @@ def _rank(
     except BaseException:
         (Path(place) / f"error_{rank}").write_text(traceback.format_exc())
         raise
+
+
+def set_rank(rank: int, world_size: int, local_size: int) -> None:
+    """The variables by which DeepSpeed and NCCL know a rank and its host."""
+    if ON_GPU:
+        os.environ |= {"NCCL_HOSTID": f"host of rank {rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+    host = (
+        {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"} if ON_GPU else {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(local_size)}
+    )
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **host}
 
 
 _PORTS = iter(random.SystemRandom().sample(range(20000, 32000), 12000))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,11 +22,10 @@ class Tied(Toy):
         self.aux_head.weight = self.roi_head.bbox_head.weight
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return super().forward(x, y) + 0.1 * (self.aux_head(self.backbone(self.frozen(x.to(self.dtype)))) ** 2).mean()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.temperature.dtype
+        return (
+            super().forward(x, y)
+            + 0.1 * (self.aux_head(self.backbone(self.frozen(x.to(self.temperature)))) ** 2).mean()
+        )
 
 
 class Transposed(Toy):
@@ -70,7 +70,7 @@ class Sometimes(Toy):
         loss = super().forward(x, y)
         if x[0, 0] < 0:
             return loss
-        return loss + (self.aux_head(self.backbone(self.frozen(x.to(loss.dtype)))) ** 2).mean()
+        return loss + (self.aux_head(self.backbone(self.frozen(x.to(loss)))) ** 2).mean()
 
 
 class Early(Toy):
@@ -82,7 +82,7 @@ class Early(Toy):
         loss = super().forward(x, y)
         if not self.early:
             return loss
-        return loss + (self.aux_head(torch.tanh(self.neck(self.backbone(self.frozen(x))))) ** 2).mean()
+        return loss + (self.aux_head(torch.tanh(self.neck(self.backbone(self.frozen(x.to(loss)))))) ** 2).mean()
 
 
 class Zero(Toy):
@@ -90,7 +90,7 @@ class Zero(Toy):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss = super().forward(x, y)
-        return loss + 0.0 * self.aux_head(self.backbone(self.frozen(x.to(loss.dtype)))).sum()
+        return loss + 0.0 * self.aux_head(self.backbone(self.frozen(x.to(loss)))).sum()
 
 
 Segment = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -105,6 +105,10 @@ def _saved_tensors(module: nn.Module, h: torch.Tensor) -> torch.Tensor:
 
 
 def _deepspeed(module: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    if (
+        h.device.type != get_accelerator().device_name()
+    ):  # the reference, on a CPU beside a GPU: DeepSpeed would move it
+        return module(h)
     return deepspeed.checkpointing.checkpoint(module, h)
 
 
@@ -120,7 +124,7 @@ class Checkpointed(Toy):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         run = SEGMENTS[self.kind]
-        x, y = x.to(self.temperature.dtype), y.to(self.temperature.dtype)
+        x, y = x.to(self.temperature), y.to(self.temperature)
         h = self.backbone[1](self.backbone[0](self.frozen(x)))
         h = torch.tanh(run(self.neck, run(self.backbone[2:], h)))
         r = self.rpn_head(h)
@@ -136,7 +140,7 @@ class UsedTwice(Checkpointed):
         super().__init__("reentrant")
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h = self.backbone(self.frozen(x.to(self.temperature.dtype)))
+        h = self.backbone(self.frozen(x.to(self.temperature)))
         again = _reentrant(self.rpn_head, h) + _reentrant(self.rpn_head, 0.5 * h)
         return super().forward(x, y) + (again**2).mean()
 

@@ -26,8 +26,8 @@ from agvm_ds.config import ConfigError
 from tests import models
 from tests.comparison import FIGURE_BF16, FIGURE_BF16_ADAM, Expected, Worst, compare, expected_of
 from tests.engines import OPTIONS, ROWS, Record, ds_config, identical, record, started, update
-from tests.launch import run_ranks
-from tests.reference import AdamWithoutBiasCorrection, Lion, Reference
+from tests.launch import ON_GPU, run_ranks
+from tests.reference import AdamWithoutBiasCorrection, Lamb, Lion, LionOnGPU, Reference
 from tests.toy import Toy, rounded
 
 RANKS, ACCUMULATION, UPDATES = 2, 2, 6
@@ -88,6 +88,10 @@ BASES = {
     "FusedAdam": Base("Adam", ADAM | {"bias_correction": False}, equal=AdamWithoutBiasCorrection),
     "CPUAdam": Base("Adam", ADAM, equal=torch.optim.AdamW),
     "CPUAdagrad": Base("Adagrad", {"lr": 0.01, "eps": 1e-6}),
+    "Adam on a GPU": Base("Adam", ADAM, equal=torch.optim.AdamW),
+    "torch's fused Adam": Base("AdamW", ADAM, TORCH_ADAM | {"fused": True}),
+    "Lion on a GPU": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, equal=LionOnGPU),
+    "Lamb on a GPU": Base("Lamb", ADAM, equal=Lamb),
     "CPULion": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, equal=Lion),
 }
 
@@ -118,7 +122,7 @@ class Option:
     def allowed(self, way: Way) -> Worst:
         """How far it may be from the reference."""
         if self.bf16:
-            return FIGURE_BF16_ADAM if way.base == "AdamW" else FIGURE_BF16
+            return FIGURE_BF16_ADAM if issubclass(BASES[way.base].reference, torch.optim.Adam) else FIGURE_BF16
         return Worst(1e-5, 2e-5, 1e-5, 1e-5)  # variances: see test_reference.test_the_gradient_as_an_adam_sees_it
 
 
@@ -180,13 +184,13 @@ PRECISIONS = [
     Option("bf16, grad_accum_dtype: fp32", ZERO, ACCUMULATE_FP32, bf16=True),
     Option("bf16, grad_accum_dtype: fp32, immediate_grad_update", (1,), IMMEDIATE, bf16=True),
     Option(
-        "fp16, by a CPU",
+        "fp16",
         ZERO,
         FP16,
         bf16=True,
-        note="DeepSpeed's own refusal of fp16 on a CPU was switched off for this",
+        note="" if ON_GPU else "by a CPU: DeepSpeed's own refusal of fp16 there was switched off for this",
     ),
-    Option("fp16, offload_optimizer: cpu, by a CPU", ZERO, FP16 | zero(offload_optimizer=CPU), bf16=True),
+    Option("fp16, offload_optimizer: cpu", ZERO, FP16 | zero(offload_optimizer=CPU), bf16=True),
     Option("bf16, offload_optimizer: cpu", ZERO, BF16 | zero(offload_optimizer=CPU), bf16=True),
     Option("communication_data_type: bf16", ANY, {"communication_data_type": "bf16"}, bf16=True),
     Option("torch_autocast: bfloat16", ANY, AUTOCAST, bf16=True),
@@ -219,6 +223,29 @@ COMPILED_BASES = [
     ),
 ]
 """DeepSpeed compiles each at its first use: 40 to 70 s on a CPU."""
+
+
+def both(base: str) -> list[Way]:
+    return [Way(base, "pairwise"), Way(base, "split")]
+
+
+PINNED = zero(offload_optimizer=CPU | {"pin_memory": True})
+ON_A_GPU = [
+    Option("Adam: DeepSpeed's FusedAdam", ANY, ways=both("Adam on a GPU")),
+    Option("AdamW, torch_adam, fused: true", ANY, ways=both("torch's fused Adam")),
+    Option("Lion: DeepSpeed's FusedLion", ANY, ways=both("Lion on a GPU")),
+    Option(
+        "Lamb: DeepSpeed's FusedLamb",
+        (0,),
+        ways=both("Lamb on a GPU"),
+        note="under ZeRO its norms are those of a rank's shard",
+    ),
+    Option("FusedAdam, bf16", ANY, BF16, bf16=True, ways=both("Adam on a GPU")),
+    Option("FusedAdam, fp16", ZERO, FP16, bf16=True, ways=both("Adam on a GPU")),
+    Option("CPUAdam, offload_optimizer: cpu, pin_memory", ZERO, PINNED, ways=both("CPUAdam")),
+    Option("CPUAdam, offload_optimizer: cpu, pin_memory, fp16", ZERO, FP16 | PINNED, bf16=True, ways=both("CPUAdam")),
+]
+"""What is another program there than on a CPU, or exists there alone."""
 
 
 def refusals() -> list[Option]:
@@ -295,8 +322,12 @@ def base_options(option: Option, way: Way) -> dict[str, Any]:
 def model_of(option: Option, config: Mapping[str, Any] | None = None) -> Toy:
     """The model of a row; partitioned from the start with a configuration and ``zero_init``."""
     if option.zero_init and config is not None:
+        right = option.model()
         with deepspeed.zero.Init(config_dict_or_path=dict(config)):
-            return option.model()
+            model = option.model()
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            model.load_state_dict(right.state_dict())  # a GPU draws other random weights
+        return model
     return rounded(option.model()) if option.bf16 else option.model()
 
 

@@ -133,7 +133,7 @@ class Reference:
 
 
 class Lion(torch.optim.Optimizer):
-    """p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g.  DeepSpeed's kernel takes sign(0) = 1."""
+    """p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g.  DeepSpeed's CPU kernel takes sign(0) = 1."""
 
     def __init__(self, params: object, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -144,10 +144,41 @@ class Lion(torch.optim.Optimizer):
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                p.mul_(1 - lr * group["weight_decay"]).sub_(
-                    torch.copysign(lr * torch.ones_like(p), beta1 * m + (1 - beta1) * p.grad)
-                )
+                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * self.sign(beta1 * m + (1 - beta1) * p.grad))
                 m.mul_(beta2).add_((1 - beta2) * p.grad)
+
+    def sign(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.copysign(torch.ones_like(values), values)
+
+
+class LionOnGPU(Lion):
+    """DeepSpeed's kernel for a GPU takes sign(0) = -1."""
+
+    def sign(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(values > 0, 1.0, -1.0)
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (arXiv 1904.00962) as DeepSpeed's kernel has it: the trust ratio is kept within 0.01 .. 10, and multiplies weight
+    decay too; the bias correction is the step's, not the moments'.
+    """
+
+    def __init__(self, params: object, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                t = state["step"] = state.get("step", 0) + 1
+                m = state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 1 - beta1)
+                v = state.setdefault("exp_avg_sq", torch.zeros_like(p)).lerp_(p.grad**2, 1 - beta2)
+                moved = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
+                trust = p.norm() / moved.norm() if p.norm() > 0 and moved.norm() > 0 else torch.ones_like(p.norm())
+                rate = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+                p.sub_(rate * trust.clamp(0.01, 10) * moved)
 
 
 class AdamWithoutBiasCorrection(torch.optim.Adam):

@@ -29,7 +29,7 @@ class Toy(nn.Module):
         self.temperature = nn.Parameter(torch.ones(3))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x, y = x.to(self.temperature.dtype), y.to(self.temperature.dtype)
+        x, y = x.to(self.temperature), y.to(self.temperature)
         h = torch.tanh(self.neck(self.backbone(self.frozen(x))))
         r = self.rpn_head(h)
         b = self.roi_head.bbox_head(h) * self.temperature

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.launch import CONTEXT, launch_port
+from tests.launch import CONTEXT, launch_port, set_rank
 
 ROOT = Path(__file__).parents[1]
 DEMO_CONFIG = ROOT / "agvm_ds/demo/faster_rcnn_digits.py"
@@ -68,7 +68,7 @@ def _hung(processes: list[Any], timeout: float) -> list[int]:
 
 
 def _rank(script: Path, arguments: list[str], rank: int, ranks: int, port: int, output: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    set_rank(rank, ranks, ranks)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

@@ -46,10 +46,11 @@ def train(stage: int, bucket: int) -> tuple[list[dict[str, float]], dict[str, to
     history = []
     with started(config(stage, bucket), Toy(seed=ARGS["seed"])) as engine:  # type: ignore[arg-type]
         for t in range(ARGS["steps"]):
-            engine.backward(engine(*micro_batch(t, engine.global_rank, ARGS["b"], ARGS["seed"])))
+            x, y = micro_batch(t, engine.global_rank, ARGS["b"], ARGS["seed"])
+            engine.backward(engine(x.to(engine.device), y.to(engine.device)))
             engine.step()
             history.append(dict(engine.agvm.scale_factors))
-        return history, parameters(engine)
+        return history, {name: p.cpu() for name, p in parameters(engine).items()}
 
 
 def train_all() -> list[tuple[list[dict[str, float]], dict[str, torch.Tensor]]]:

@@ -1,7 +1,7 @@
-"""Loss scaling, as far as it goes without a GPU: DeepSpeed's own scalers on fp32 gradients, in ZeRO stages 1 to 3.
+"""Loss scaling: DeepSpeed's own scalers on fp32 gradients, in ZeRO stages 1 to 3; and fp16 itself.
 
 A scale that is a power of two changes no bit of a gradient but its exponent, so that a scaled run must be the unscaled run
-bit for bit; with fp16 weights the same code paths are taken.
+bit for bit. fp16 is computed by a CPU where there is no GPU: DeepSpeed's own refusal of it there is switched off.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from tests.engines import AGVM_BLOCK, Record, backward, ds_config, identical, record, started, train, update
-from tests.launch import run_ranks
+from tests.comparison import FIGURE_BF16, FIGURE_BF16_ADAM, compare, expected_of
+from tests.engines import AGVM_BLOCK, OPTIONS, Record, backward, ds_config, identical, record, started, train, update
+from tests.launch import ON_GPU, run_ranks
+from tests.options import fp16_by_a_cpu
+from tests.reference import Reference
+from tests.toy import Toy, rounded
 
 STAGES = (1, 2, 3)
 RANKS, ACCUMULATION, UPDATES, SCALE = 2, 2, 5, 2.0**12
@@ -87,9 +91,25 @@ def skipped(run: Run, bad: Callable[[Any, int], None]) -> Skipped:
         return Skipped(before, after, scales, applied, train(engine, range(5, 7))[-1])
 
 
+def from_too_large(run: Run) -> tuple[list[Record], list[Record], list[float]]:
+    """fp16 from a loss scale that overflows: (what is seen after each skipped update, after each other, their scales)."""
+    fp16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
+    skipped, taken, scales = [], [], []
+    with fp16_by_a_cpu(not ON_GPU), started(config(run) | {"fp16": fp16}, rounded(Toy())) as engine:
+        for t in range(HALVINGS + UPDATES):
+            update(engine, t)
+            (taken if engine.was_step_applied() else skipped).append(record(engine))
+            scales.append(float(engine.optimizer.loss_scale))
+    return skipped, taken, scales
+
+
+HALVINGS = 16
+"""More than it takes from 2^24 to a scale that fits, with any update that is still skipped."""
+
+
 def everything() -> dict[str, Any]:
     """In a rank: all runs."""
-    found: dict[str, Any] = {name: {} for name in ("plain", *SCALERS, *BAD)}
+    found: dict[str, Any] = {name: {} for name in ("plain", "fp16", *SCALERS, *BAD)}
     for run in RUNS:
         with started(config(run)) as engine:
             found["plain"][run] = train(engine, range(UPDATES))
@@ -98,6 +118,7 @@ def everything() -> dict[str, Any]:
                 found[kind][run] = train(scaled(engine, scaler()), range(UPDATES))
         for kind, bad in BAD.items():
             found[kind][run] = skipped(run, bad)
+        found["fp16"][run] = from_too_large(run)
     return found
 
 
@@ -127,3 +148,28 @@ def test_an_update_that_is_skipped_changes_nothing_but_the_counter(kind: str, ru
     assert (seen.next.steps, seen.next.measured) == (7, seen.before.measured + 1)
     assert not identical(seen.next.scale_factors, seen.after.scale_factors), "the next measure is folded in"
     assert torch.isfinite(torch.tensor([v for n, v in seen.next.variances.items() if n != "aux_head"])).all()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_fp16_that_begins_with_overflows_is_the_reference_from_there_on(run: Run, runs: dict[str, Any]) -> None:
+    _, base, estimator = run
+    skipped, taken, scales = runs["fp16"][run]
+    assert len(skipped) >= 3, "it overflowed"
+    assert scales[len(skipped) - 1] == 2.0**24 / 2 ** len(skipped) and len(taken) >= UPDATES
+    for t, seen in enumerate(skipped):
+        assert seen.steps == t + 1 and seen.measured == 0
+        assert set(seen.scale_factors.values()) == {1.0}
+        assert identical(seen.parameters, skipped[0].parameters)
+    reference = Reference(
+        RANKS,
+        ACCUMULATION,
+        estimator=estimator,
+        preconditioned=base == "AdamW",
+        base=getattr(torch.optim, base),
+        options=dict(OPTIONS[base]),
+        model=rounded(Toy()),
+    )
+    right = expected_of(reference, range(len(skipped), len(skipped) + len(taken)))
+    found = compare(taken, right)
+    print(f"{run}: {len(skipped)} skipped, then {found}")
+    assert found.within(FIGURE_BF16_ADAM if base == "AdamW" else FIGURE_BF16)

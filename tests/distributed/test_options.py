@@ -10,6 +10,7 @@ import pytest
 
 from tests import options
 from tests.comparison import Worst
+from tests.launch import ON_GPU
 from tests.options import Key, Option, Way, judge, key_of, runs_of
 
 GROUPS: dict[str, Sequence[Option]] = {
@@ -17,6 +18,7 @@ GROUPS: dict[str, Sequence[Option]] = {
     "bases": options.TORCH_BASES,
     "compiled bases": options.COMPILED_BASES,
     "refusals": options.refusals(),
+    "on a GPU": options.ON_A_GPU,
 }
 """Ranks are started once a group."""
 
@@ -34,13 +36,15 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     return of
 
 
-def cases(group: str) -> list:
-    return [pytest.param(group, *run, id="-".join(map(str, key_of(*run)))) for run in runs_of(GROUPS[group])]
+def cases(*groups: str) -> list:
+    found = [(group, *run) for group in groups for run in runs_of(GROUPS[group])]
+    return [pytest.param(*one, id="-".join(map(str, key_of(*one[1:])))) for one in found]
 
 
-@pytest.mark.parametrize(
-    ("group", "option", "stage", "way"), [*cases("configurations"), *cases("bases"), *cases("compiled bases")]
-)
+AGREEING = ("configurations", "bases", "compiled bases", *(["on a GPU"] if ON_GPU else []))
+
+
+@pytest.mark.parametrize(("group", "option", "stage", "way"), cases(*AGREEING))
 @pytest.mark.timeout(1200)  # the compiled bases' first build
 def test_it_agrees_with_the_reference(group: str, option: Option, stage: int, way: Way, judged: Judged) -> None:
     found = judged(group)[key_of(option, stage, way)]

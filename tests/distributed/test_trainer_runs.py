@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from agvm_ds.mmdet.testing.saved import read_published
 from tests.distributed.learning import AFTER, attempt, by_heart, run
+from tests.launch import ON_GPU
 from tests.trainer import logged
 
 MASKS = """
@@ -39,12 +41,13 @@ custom_hooks = [dict(type="NumClassCheckHook"), dict(type="SyncNormHook", interv
 
 
 def plain_metrics(work: Path) -> dict[str, float]:
-    """What plain mmdet, in one process, makes of the latest ``.pth`` and the effective config."""
+    """What plain mmdet, in one process, makes of the latest ``.pth`` and the effective config; on a CPU, beside a GPU too."""
     from mmcv.parallel import MMDataParallel
     from mmdet.apis import init_detector, single_gpu_test
     from mmdet.datasets import build_dataloader, build_dataset
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("torch.nn.parallel.data_parallel"), "_get_available_device_type", lambda: None)
         detector = init_detector(str(work / "config.py"), str(work / "latest.pth"), device="cpu")
         data = build_dataset(detector.cfg.data.val, {"test_mode": True})
         loader = build_dataloader(data, 1, 0, dist=False, shuffle=False)
@@ -72,6 +75,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "zero3_bf16": {"zero_optimization": {"stage": 3}, "bfloat16": {"enabled": True}},
 }
 MORE = ("zero0_bf16", "zero1_bf16", "zero3_bf16")
+if ON_GPU:
+    OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    for stage in (1, 2, 3):
+        PRECISIONS[f"zero{stage}_fp16"] = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True}}
+        PRECISIONS[f"zero{stage}_offload"] = {"zero_optimization": {"stage": stage, **OFFLOAD}}
 
 
 @pytest.fixture(
