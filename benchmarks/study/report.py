@@ -46,7 +46,7 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
 HALFWAY = f"Rates between those of the search, at batch {CENTRAL_BATCH}"
 NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
-    "edge of the rates tried. (k): only k seeds yet.",
+    "edge of the rates tried. (k): of k seeds.",
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     HALFWAY: "Each method's chosen rate, and what is halfway to the better of its two neighbours, for both; seeds 1 to 4.",
     "One setting changed": f'"{tables.AGAIN}" are the same runs on the ablation\'s machine, beside those of the tables '

@@ -307,5 +307,6 @@ def ended(lines: Sequence[Line]) -> str:
     left = len(Study(lines).to_do())
     return (
         f"{counts(DONE)} runs done, {counts(DIVERGED)} diverged, {len(lines) - counts(DONE) - counts(DIVERGED)} failed "
-        f"and were taken again; {hours:.1f} core-hours. {left} of those known by now are still to do."
+        f"and were taken again; {hours:.1f} core-hours. "
+        f"{f'{left} of those known by now are still to do' if left else 'None is left to do'}."
     )

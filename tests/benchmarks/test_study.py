@@ -259,7 +259,7 @@ def test_the_tables_have_every_cell() -> None:
     assert equal.splitlines()[-1].count("+0.020 ± 0.000") == 4
     rows = tables.at_equal_updates(study).splitlines()
     assert [row.count("(2) at 0.01 |") for row in rows[2:5]] == [4, 4, 4]
-    assert "0 of those known by now are still to do" in tables.ended(list(study.known.values()))
+    assert "None is left to do." in tables.ended(list(study.known.values()))
 
 
 def test_what_one_setting_gains_is_told_seed_by_seed() -> None:
