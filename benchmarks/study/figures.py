@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from agvm_ds.report.figures import dress, empty_figure, module_legend, save, style
 from benchmarks.study.launch import BINS
 from benchmarks.study.plan import Cell, Study
-from benchmarks.study.protocol import ALONE, BATCHES, METHODS, METHODS_AT, MODULATED
+from benchmarks.study.protocol import BATCHES, LAYERWISE, METHODS, METHODS_AT, MODULATED
 from benchmarks.study.tables import scores, title
 
 
@@ -37,9 +37,7 @@ def accuracy(study: Study) -> Figure | None:
     panels = figure.subplots(1, len(MODULATED), sharex=True, sharey=True)
     at = sorted(METHODS_AT)
     for axes, base in zip(panels, MODULATED, strict=True):
-        rows = [(base, method) for method in METHODS]
-        if base == MODULATED[-1]:
-            rows += [(name, "plain") for name in ALONE]
+        rows = [*((base, method) for method in METHODS), (LAYERWISE[base], "plain")]
         for place, (kind, method) in enumerate(rows):
             points = [(batch, scores(study, study.reported(Cell(kind, method, batch)))) for batch in at]
             points = [(batch, values) for batch, values in points if len(values) > 1]

@@ -50,6 +50,8 @@ METHODS_HALFWAY = METHODS[:2]
 """At the central batch also with rates between two of the search's."""
 MODULATED = ("SGD", "AdamW")
 """Bases of every method."""
+LAYERWISE = {"SGD": "LARS", "AdamW": "LAMB"}
+"""Base -> the optimizer that has its momenta, and a rate of its own for each tensor."""
 ALONE = ("LAMB", "LARS")
 """Bases that are methods by themselves."""
 BATCHES_ALONE = (16, 64)
