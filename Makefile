@@ -36,7 +36,7 @@ test-extended: $(STAMP) ## one more kind of what many tests show, not in make te
 test-faults: $(STAMP) ## every fault that a run survives, in real processes: a table of what was lost (about 7 minutes)
 	$(BIN)/python -m pytest -m "" tests/distributed/test_faults.py tests/distributed/test_nonfinite.py
 
-test-gpu: $(STAMP) ## on one GPU, over NCCL: the reference, loss scaling, streams, trainings in half precision (about 20 minutes)
+test-gpu: $(STAMP) ## on one GPU, over NCCL: the reference, loss scaling, streams, trainings in half precision (some 20 minutes)
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m "not extended" tests/gpu $(addprefix tests/distributed/,test_golden.py test_loss_scale.py test_options.py)
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m "" tests/distributed/test_trainer_runs.py -k "fp16 or offload or bf16"
 

@@ -21,8 +21,14 @@ ON_CPU = {
     "communication": communication.main,
     "trainer": trainer.main,
 }
-PARTS = {"updates": updates.main, "peaks": peaks.main} if ON_GPU else ON_CPU
+ON_A_GPU = {"updates": updates.main, "peaks": peaks.main}
+PARTS = ON_A_GPU if ON_GPU else ON_CPU
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def place(name: str, on_a_gpu: bool) -> str:
+    """The name of a table's place in the document."""
+    return f"{name} on a GPU" if on_a_gpu else name
 
 
 def main() -> None:
@@ -40,8 +46,7 @@ def main() -> None:
         print(f"\n== {name}\n", flush=True)
         text = PARTS[name](["--save", str(args.save)])
         if args.write:
-            place = f"{name} on a GPU" if ON_GPU else name
-            DOCUMENT.write_text(with_table(DOCUMENT.read_text(), place, text))
+            DOCUMENT.write_text(with_table(DOCUMENT.read_text(), place(name, ON_GPU), text))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m benchmarks.memory      5 minutes on two cores
 
 Two ranks, a model of 16 million parameters (64 MiB in fp32) whose gradients come in reverse order of definition, two
-accumulation steps. Peaks are those of torch's allocator within an update (on a CPU its profiler's records): the median of
-three measured updates less that of three others between them, for one alone differs by up to 16 MiB from the next. Allowed:
-one bucket and one gradient shard (half the model) in fp32, and 20 MiB for the runs of a shard worked on at once. It may be
+accumulation steps. Peaks are those of torch's allocator within an update (its profiler's records): the median of three
+measured updates less that of three others between them, for one alone differs by up to 16 MiB from the next. Allowed: one
+bucket and one gradient shard (half the model) in fp32, and 20 MiB for the runs of a shard worked on at once. It may be
 less, where DeepSpeed's own step needs more at another moment.
 """
 
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import save
 from tests.engines import ds_config, started
-from tests.launch import ON_GPU, run_ranks
+from tests.launch import run_ranks
 
 LAYERS, WIDTH, RANKS, MIB = 16, 1000, 2, 2**20
 WORKED_ON = 20
@@ -56,25 +56,15 @@ class Wide(nn.Module):
 def peak(engine: Any) -> float:
     """How far one update of two micro-batches goes above the memory that it begins with, in MiB."""
     gc.collect()  # or buffers of an earlier update are dropped in this one
-    if ON_GPU:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        _update(engine)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _update(engine)
+        for _ in range(2):
+            engine.backward(engine(torch.randn(4, WIDTH)))
+            engine.step()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
     records = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
     return max(accumulate(int(record["args"]["Bytes"]) for record in records)) / MIB
-
-
-def _update(engine: Any) -> None:
-    for _ in range(2):
-        engine.backward(engine(torch.randn(4, WIDTH, device=engine.device)))
-        engine.step()
 
 
 def added(run: Run) -> float:

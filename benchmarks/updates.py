@@ -95,12 +95,12 @@ ON_CPU = [
     *(Case("parameters", stage, 2, ways) for stage in range(4) for ways in _parts(WAYS)),
     *(Case("parameters", stage, 4, FEW) for stage in range(4)),
 ]
-ALONE = [way for way in WAYS if way.interval == 1 and not way.naive]
-"""Ways for one rank, which has no halves of ranks to send around."""
+ONE_RANK = [way for way in WAYS if way.interval == 1 and not way.naive]
+"""Every way once, measured in every update; not naive, for one rank has no halves of ranks to send around."""
 CASES = (
     [
-        *(Case("images", stage, 1, ALONE) for stage in range(4)),
-        *(Case("images fp16", stage, 1, ALONE) for stage in range(1, 4)),
+        *(Case("images", stage, 1, ONE_RANK) for stage in range(4)),
+        *(Case("images fp16", stage, 1, ONE_RANK) for stage in range(1, 4)),
     ]
     if ON_GPU
     else ON_CPU
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         default=40,
         help="updates of each way on the demo (default %(default)s); a quarter on the large workload",
     )
-    parser.add_argument("--only", choices=WORKLOADS, help="one workload")
+    parser.add_argument("--only", choices=sorted({case.workload for case in CASES}), help="one workload")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="updates.json is written there")
@@ -254,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
         for case in CASES
         if args.only in (None, case.workload) and case.stage in args.stages and case.ranks in args.ranks
     ]
+    if not cases:
+        parser.error("nothing is measured with these workloads, stages and ranks")
     torch.set_num_threads(1)
     rows = measure(cases, args.rounds, args.save)
     text = tables(rows)

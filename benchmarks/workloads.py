@@ -44,8 +44,7 @@ def demo(batches: int = 8) -> Workload:
     micro = int(cfg.data.train_dataloader.samples_per_gpu)
     images, rank, ranks = build_dataset(cfg.data.train), _rank(), _ranks()
     numbered = [[images[(k * ranks + rank) * micro + i] for i in range(micro)] for k in range(batches)]
-    device = get_accelerator().current_device_name()
-    data = [to_device(collate(samples, samples_per_gpu=micro), device) for samples in numbered]
+    data = [to_device(collate(samples, samples_per_gpu=micro), "cpu") for samples in numbered]
 
     def loss(engine: Any, number: int) -> torch.Tensor:
         torch.manual_seed(number)  # RoI and anchor sampling
@@ -58,27 +57,31 @@ def demo(batches: int = 8) -> Workload:
     return Workload(model, modules_of(model()), micro, loss)
 
 
+OBJECTS = 10
+"""Of an image that is made up."""
+
+
 def random_images(
-    config: str, half: str | None = None, micro: int = 4, objects: int = 10, size: tuple[int, int] = (800, 1344)
+    config: str, half: str | None = None, micro: int = 4, size: tuple[int, int] = (800, 1344)
 ) -> Workload:
     """An mmdet config's detector on random images of a size (height, width) with random boxes: all that a GPU has to do.
 
-    half: "fp16" or "bf16", if DeepSpeed is to cast the weights. Boxes only: no masks.
+    half: "fp16", if DeepSpeed is to cast the weights. No masks.
     """
     cfg = read_config(config)
     cfg.model.pop("pretrained", None)
     device = get_accelerator().current_device_name()
     torch.manual_seed(SEED + 1000 * _rank())
     height, width = size
-    corners = torch.rand(micro, objects, 2) * torch.tensor([width - 64.0, height - 64.0])
-    boxes = torch.cat([corners, corners + 32 + 32 * torch.rand(micro, objects, 2)], -1)
+    corners = torch.rand(micro, OBJECTS, 2) * torch.tensor([width - 64.0, height - 64.0])
+    boxes = torch.cat([corners, corners + 32 + 32 * torch.rand(micro, OBJECTS, 2)], -1)
     shape = {"img_shape": (*size, 3), "ori_shape": (*size, 3), "pad_shape": (*size, 3), "batch_input_shape": size}
     meta = {**shape, "scale_factor": [1.0] * 4, "flip": False, "filename": "", "ori_filename": ""}
     data = {
         "img": torch.randn(micro, 3, *size, device=device),
         "img_metas": [meta] * micro,
         "gt_bboxes": list(boxes.to(device)),
-        "gt_labels": [torch.randint(0, 80, (objects,), device=device) for _ in range(micro)],
+        "gt_labels": [torch.randint(0, 80, (OBJECTS,), device=device) for _ in range(micro)],
     }
 
     def loss(engine: Any, number: int) -> torch.Tensor:
@@ -108,7 +111,7 @@ def parameters_of(config: str | None) -> Workload:
         return Untouched(detector)
 
     def loss(engine: Any, number: int) -> torch.Tensor:
-        return engine(torch.ones((), requires_grad=True, device=engine.device) * (1 + number % 7))
+        return engine(torch.ones((), requires_grad=True) * (1 + number % 7))
 
     return Workload(model, modules, 1, loss)
 
@@ -144,17 +147,17 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(_noise(shape.numel(), gradient.device).view(shape) * gradient for shape in ctx.shapes)
+        return gradient, *(_noise(shape.numel()).view(shape) * gradient for shape in ctx.shapes)
 
 
 _BLOCKS: dict[int, torch.Tensor] = {}
 
 
-def _noise(elements: int, device: torch.device) -> torch.Tensor:
+def _noise(elements: int) -> torch.Tensor:
     """The same noise for tensors of one size, another in each rank."""
     if elements not in _BLOCKS:
         generator = torch.Generator().manual_seed(SEED + 1000 * _rank() + elements % 1000)
-        _BLOCKS[elements] = (torch.randn(elements, generator=generator) * 1e-3).to(device)
+        _BLOCKS[elements] = torch.randn(elements, generator=generator) * 1e-3
     return _BLOCKS[elements]
 
 

@@ -1,7 +1,7 @@
 """Start ranks for a test: one way for all of them.
 
-Children are forked from a clean server process that has imported torch and deepspeed once, so that a test pays for its
-ranks and not for their imports. Rendezvous is a file, so no port can be taken.
+Without a GPU children are forked from a clean server process that has imported torch and deepspeed once, so that a test
+pays for its ranks and not for their imports. Rendezvous is a file, so no port can be taken.
 
 With DS_ACCELERATOR=cuda all ranks of a test share the first GPU, over NCCL, each as a host of its own: NCCL refuses two
 ranks of one host on one GPU. They are then started afresh, for a process that has looked at a GPU must not be forked.
@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ON_GPU = os.environ.get("DS_ACCELERATOR") == "cuda"
 CONTEXT: Any = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
 if not ON_GPU:
@@ -42,7 +43,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` in ``world_size`` ranks of a group; return what each returned, by rank.
 
-    local_size: how many ranks DeepSpeed takes a host to have; all, unless given, and then it sums in shared memory.
+    local_size: how many ranks DeepSpeed takes a host to have; all, unless given, and then it sums in shared memory. On a GPU
+    each is a host.
 
     Raises RankFailure with the first failing rank's traceback, or when a rank does not end in ``timeout`` seconds; the
     others are killed then.
@@ -104,12 +106,12 @@ def _rank(
 
 def set_rank(rank: int, world_size: int, local_size: int) -> None:
     """The variables by which DeepSpeed and NCCL know a rank and its host."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     if ON_GPU:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
         os.environ |= {"NCCL_HOSTID": f"host of rank {rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-    host = (
-        {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"} if ON_GPU else {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(local_size)}
-    )
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **host}
+    else:
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(local_size)}
 
 
 _PORTS = iter(random.SystemRandom().sample(range(20000, 32000), 12000))

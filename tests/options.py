@@ -46,6 +46,11 @@ class Way:
         return f"{self.base} {self.estimator}{f' bucket {self.bucket}' if self.bucket < 10**6 else ''}"
 
 
+def both(base: str) -> list[Way]:
+    """A base with either estimator."""
+    return [Way(base, "pairwise"), Way(base, "split")]
+
+
 WAYS = (Way("SGD", "split"), Way("AdamW", "pairwise"))
 """AdamW: of the preconditioned gradient. Between them all that reads a shard or reduces to one."""
 ALL_WAYS = tuple(
@@ -73,7 +78,10 @@ class Base:
 
 
 ADAM = {"lr": 0.003, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}
+LION = {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}
 TORCH_ADAM = {"torch_adam": True}
+DEEPSPEED_ADAM = Base("Adam", ADAM, equal=torch.optim.AdamW)
+"""With decoupled weight decay; FusedAdam on a GPU, CPUAdam with ZeRO-Offload."""
 BASES = {
     "SGD": Base("SGD", OPTIONS["SGD"]),
     "AdamW": Base("AdamW", ADAM, TORCH_ADAM),
@@ -86,13 +94,13 @@ BASES = {
     "RAdam": Base("RAdam", {"lr": 0.003}),
     "RMSprop": Base("RMSprop", {"lr": 0.003, "momentum": 0.5, "centered": True}),
     "FusedAdam": Base("Adam", ADAM | {"bias_correction": False}, equal=AdamWithoutBiasCorrection),
-    "CPUAdam": Base("Adam", ADAM, equal=torch.optim.AdamW),
+    "CPUAdam": DEEPSPEED_ADAM,
+    "Adam on a GPU": DEEPSPEED_ADAM,
     "CPUAdagrad": Base("Adagrad", {"lr": 0.01, "eps": 1e-6}),
-    "Adam on a GPU": Base("Adam", ADAM, equal=torch.optim.AdamW),
     "torch's fused Adam": Base("AdamW", ADAM, TORCH_ADAM | {"fused": True}),
-    "Lion on a GPU": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, equal=LionOnGPU),
+    "Lion on a GPU": Base("Lion", LION, equal=LionOnGPU),
     "Lamb on a GPU": Base("Lamb", ADAM, equal=Lamb),
-    "CPULion": Base("Lion", {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.1}, equal=Lion),
+    "CPULion": Base("Lion", LION, equal=Lion),
 }
 
 
@@ -207,26 +215,22 @@ MODELS = [
     Option("a gradient on some ranks only", (0, 1), model=models.Sometimes, note=NOT_BY_DEEPSPEED),
 ]
 TORCH_BASES = [
-    Option(f"optimizer {name}", ANY, ways=[Way(name, estimator) for estimator in ("pairwise", "split")])
+    Option(f"optimizer {name}", ANY, ways=both(name))
     for name in ("Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")
 ]
 COMPILED_BASES = [
-    Option("FusedAdam", ANY, ways=[Way("FusedAdam", "pairwise"), Way("FusedAdam", "split")]),
+    Option("FusedAdam", ANY, ways=both("FusedAdam")),
     *(
         Option(
             f"DeepSpeed{name}, offload_optimizer: cpu",
             ZERO,
             zero(offload_optimizer=CPU),
-            ways=[Way(name, "pairwise"), Way(name, "split")],
+            ways=both(name),
         )
         for name in ("CPUAdam", "CPUAdagrad", "CPULion")
     ),
 ]
 """DeepSpeed compiles each at its first use: 40 to 70 s on a CPU."""
-
-
-def both(base: str) -> list[Way]:
-    return [Way(base, "pairwise"), Way(base, "split")]
 
 
 PINNED = zero(offload_optimizer=CPU | {"pin_memory": True})
@@ -242,8 +246,10 @@ ON_A_GPU = [
     ),
     Option("FusedAdam, bf16", ANY, BF16, bf16=True, ways=both("Adam on a GPU")),
     Option("FusedAdam, fp16", ZERO, FP16, bf16=True, ways=both("Adam on a GPU")),
-    Option("CPUAdam, offload_optimizer: cpu, pin_memory", ZERO, PINNED, ways=both("CPUAdam")),
-    Option("CPUAdam, offload_optimizer: cpu, pin_memory, fp16", ZERO, FP16 | PINNED, bf16=True, ways=both("CPUAdam")),
+    Option("CPUAdam, offload_optimizer: cpu, pin_memory", ZERO, PINNED, ways=both("Adam on a GPU")),
+    Option(
+        "CPUAdam, offload_optimizer: cpu, pin_memory, fp16", ZERO, FP16 | PINNED, bf16=True, ways=both("Adam on a GPU")
+    ),
 ]
 """What is another program there than on a CPU, or exists there alone."""
 
@@ -347,10 +353,10 @@ def train(option: Option, stage: int, way: Way) -> list[Record] | str:
 
 
 @contextmanager
-def fp16_by_a_cpu(wanted: bool) -> Iterator[None]:
+def fp16_by_a_cpu(wanted: bool = True) -> Iterator[None]:
     """torch computes in fp16 on a CPU too; DeepSpeed refuses it there."""
     with pytest.MonkeyPatch.context() as patch:
-        if wanted:
+        if wanted and not ON_GPU:
             patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
         yield
 

@@ -73,7 +73,7 @@ def _rank(script: Path, arguments: list[str], rank: int, ranks: int, port: int, 
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = [str(script), f"--local_rank={rank}", *arguments]
+    sys.argv = [str(script), f"--local_rank={os.environ['LOCAL_RANK']}", *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -45,7 +45,8 @@ def accuracy(study: Study) -> Figure | None:
                 batches, means, spreads = zip(*[(b, fmean(v), stdev(v)) for b, v in points], strict=True)
                 # beside each other, not on top
                 shifted = [batch * 1.03 ** (place - 1.5) for batch in batches]
-                axes.errorbar(shifted, means, spreads, capsize=3, marker="o", label=title(kind, method), **style(place))
+                look = style(place) | ({} if len(points) == len(at) else {"linestyle": "none"})  # no line over a gap
+                axes.errorbar(shifted, means, spreads, capsize=3, marker="o", label=title(kind, method), **look)
         axes.set(xscale="log", xlim=(at[0] / 1.25, at[-1] * 1.25))
         axes.set_xticks(at, [str(batch) for batch in at])
         axes.minorticks_off()

@@ -69,6 +69,15 @@ class Study:
         chosen = self.chosen(cell)
         return self.known[chosen.key] if chosen else None
 
+    def chosen_lines(self, cell: Cell) -> list[Line]:
+        """The same, as a list of one or none."""
+        line = self.chosen_line(cell)
+        return [line] if line else []
+
+    def equal_lines(self, cell: Cell) -> list[Line]:
+        """The known lines of the cell's runs at equal updates."""
+        return [self.known[run.key] for run in self.at_equal_updates(cell) if run.key in self.known]
+
     def first_runs(self, cell: Cell) -> list[Line]:
         """The lines of all the cell's runs with the choosing seed."""
         wanted = ("epochs", cell.base, cell.method, cell.batch, CHOOSING_SEED)
@@ -167,13 +176,22 @@ class Study:
         larger = {name: mu**POWER for name, mu in fixed.multipliers.items()}
         less_alike = fixed.with_(series="causes", multipliers=larger)
         name = f"less alike: fixed, multipliers to the power {POWER}"
-        rate = self._halfway_rate(Cell(base, "plain", CENTRAL_BATCH)) or plain.rate
-        again = plain.with_(series="again")
+        again, best = plain.with_(series="again"), self.again_at_best(base)
         return {
             f"{OTHER_NORM} in the backbone: pairwise": (_few(other[0]), _few(other[1])),
+            f"{plain.norm} there, on the same machine: pairwise": (
+                _few(again),
+                _few(pairwise.with_(series="ablation")),
+            ),
             name: (_all(again), _all(less_alike)),
-            f"{name}, over plain at {rate:.3g}": (_all(again.with_(rate=rate)), _all(less_alike)),
+            f"{name} at {plain.rate:.3g}, over plain at {best[0].rate:.3g}": (best, _all(less_alike)),
         }
+
+    def again_at_best(self, base: str) -> list[Run]:
+        """Plain at the central batch once more, halfway to its better neighbour; none while that is not known."""
+        cell = Cell(base, "plain", CENTRAL_BATCH)
+        chosen, rate = self.chosen(cell), self._halfway_rate(cell)
+        return _all(chosen.with_(series="again", rate=rate)) if chosen and rate else []
 
     def ablation(self, base: str) -> list[Run]:
         """AGVM with one setting changed, at its chosen rate."""

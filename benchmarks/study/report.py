@@ -25,10 +25,12 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
         ("Accuracy at equal epochs", tables.reported(study)),
         ("Gains, seed by seed", tables.differences(study, study.reported)),
         (HALFWAY, tables.halfway(study)),
+        (LAYERWISE, tables.layerwise(study)),
         ("Accuracy at equal updates", tables.at_equal_updates(study) if equal else ""),
         ("Gains at equal updates", tables.differences(study, study.at_equal_updates) if equal else ""),
         ("Scale factors", tables.factors(study)),
-        ("Gradient variance by module and batch", tables.variances(study)),
+        ("Gradient variance by module and batch", tables.variances(study.chosen_lines)),
+        ("Gradient variance at equal updates", tables.variances(study.equal_lines) if equal else ""),
         ("Critical batch size by the noise scale, images", tables.critical(study)),
         ("Where the loss of accuracy begins", tables.onset(study)),
         ("What the noise scale predicts of a larger batch", tables.sweep(study)),
@@ -44,16 +46,21 @@ def sections(runs: list[dict[str, Any]], compared: list[dict[str, Any]], drawn: 
 
 
 HALFWAY = f"Rates between those of the search, at batch {CENTRAL_BATCH}"
+LAYERWISE = "LARS and LAMB beside their bases"
 NOTES = {
     "Accuracy at equal epochs": "mAP on `report`, mean ± standard deviation of seeds 1 to 4, at the chosen rate; * at an "
-    "edge of the rates tried. (k): of k seeds.",
+    "edge of the rates tried. (k): of k seeds. Empty: not trained. At 64 SGD and AdamW are better halfway to another "
+    f"rate: see *{HALFWAY}*.",
     "Gains, seed by seed": "Mean difference of equal seeds ± its standard error.",
     HALFWAY: "Each method's chosen rate, and what is halfway to the better of its two neighbours, for both; seeds 1 to 4.",
+    LAYERWISE: f"Each at its best rate, at {CENTRAL_BATCH} plain's halfway. On one machine, but for SGD at 16; seeds 1 to 4.",
     "One setting changed": f'"{tables.AGAIN}" are the same runs on the ablation\'s machine, beside those of the tables '
     "above; the other rows are beside it; seeds 1 and 2.",
     "Accuracy at equal updates": f"As many updates as at {CENTRAL_BATCH}, at the rate that was chosen there; seeds 1 and 2.",
     "Gradient variance by module and batch": "Mean Φ in the middle half of the plain run with seed 0, at the chosen "
-    "rate (over the backbone's).",
+    "rate (over the backbone's). Where the batch is 128 the detector has hardly begun to learn.",
+    "Gradient variance at equal updates": f"The same in as many updates as at {CENTRAL_BATCH}, at one rate for all batches; "
+    "seeds 1 and 2.",
     "Critical batch size by the noise scale, images": "Mean noise over mean signal in each quarter of the plain run with "
     "seed 0, at the chosen rate.",
     "Where the loss of accuracy begins": "The plain run with seed 0: mAP on `report` after 8 epochs (how many times the "

@@ -11,8 +11,10 @@ from agvm_ds.report.advice import ALL, ratio, speedup
 from benchmarks.study.launch import BINS
 from benchmarks.study.plan import DIVERGED, DONE, Cell, Line, Study, cells
 from benchmarks.study.protocol import (
+    ALONE,
     BASE_BATCH,
     BATCHES,
+    BATCHES_ALONE,
     CENTRAL_BATCH,
     EPOCHS,
     IMAGES,
@@ -105,6 +107,21 @@ def differences(study: Study, runs_of: RunsOf) -> str:
     return table(["", *map(str, BATCHES)], [row for row in rows if any(row[1:])])
 
 
+def layerwise(study: Study) -> str:
+    """What LARS and LAMB have over plain bases at their best rates, seed by seed."""
+    rows = []
+    for name in ALONE:
+        for base in MODULATED:
+            found = []
+            for batch in BATCHES_ALONE:
+                best = (
+                    study.again_at_best(base) if batch == CENTRAL_BATCH else study.reported(Cell(base, "plain", batch))
+                )
+                found.append(gain(study, study.reported(Cell(name, "plain", batch)), best))
+            rows.append([f"{name} over {base}", *found])
+    return table(["", *map(str, BATCHES_ALONE)], [row for row in rows if any(row[1:])])
+
+
 def gain(study: Study, mine: Sequence[Run], theirs: Sequence[Run]) -> str:
     """Mean difference of the seeds that both have, and its standard error."""
     both = [pair for pair in zip(mine, theirs, strict=False) if all(run.key in study.known for run in pair)]
@@ -129,7 +146,8 @@ def halfway(study: Study) -> str:
 def tried(study: Study) -> str:
     """All rates of all cells, those of an earlier protocol too: mAP on the set to choose by, seed 0."""
     rows = []
-    for cell in sorted(cells(), key=lambda cell: (_rank(cell.base), cell.batch)):
+    searched = (Cell(base, "plain", batch) for base in MODULATED for batch in BATCHES)
+    for cell in sorted(dict.fromkeys([*cells(), *searched]), key=lambda cell: (_rank(cell.base), cell.batch)):
         lines = sorted(study.first_runs(cell), key=lambda line: float(line["run"]["rate"]))
         found = ", ".join(f"{line['run']['rate']:.3g}: {_choice(line)}" for line in lines)
         if found:
@@ -192,18 +210,21 @@ def critical(study: Study) -> str:
     return table(["base", "batch", "module", "first quarter", "second", "third", "last"], rows)
 
 
-def variances(study: Study) -> str:
-    """Mean variance of each module in the middle half of a plain run, and in brackets over the anchor's."""
+def variances(lines_of: Callable[[Cell], Sequence[Line]]) -> str:
+    """Mean variance of each module in the middle half of plain runs, and in brackets over the anchor's."""
     rows = []
     for base in MODULATED:
-        lines = [study.chosen_line(Cell(base, "plain", batch)) for batch in BATCHES]
-        columns = [
-            {name: _middle(one["variance"]) for name, one in line["measures"].items()} if line else {} for line in lines
-        ]
+        columns = [_middles(lines_of(Cell(base, "plain", batch))) for batch in BATCHES]
         for name in dict.fromkeys(name for column in columns for name in column):
             found = [f"{c[name]:.2f} ({ratio(c[name], next(iter(c.values()))):.2f})" if c else NONE for c in columns]
             rows.append([base, name, *found])
     return table(["base", "module", *map(str, BATCHES)], rows)
+
+
+def _middles(lines: Sequence[Line]) -> dict[str, float]:
+    """Module -> mean over some runs."""
+    names = lines[0]["measures"] if lines else ()
+    return {name: fmean(_middle(line["measures"][name]["variance"]) for line in lines) for name in names}
 
 
 def _middle(values: Sequence[float | None]) -> float:

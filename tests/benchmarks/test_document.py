@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cost
-from benchmarks import zoo
+from benchmarks import exactness, zoo
 from benchmarks.machine import with_table
 
 
 @pytest.mark.parametrize(
     ("document", "name"),
     [
-        *((cost.DOCUMENT, part) for part in cost.PARTS),
+        *((cost.DOCUMENT, cost.place(part, False)) for part in cost.ON_CPU),
+        *((cost.DOCUMENT, cost.place(part, True)) for part in cost.ON_A_GPU),
+        (exactness.DOCUMENT, exactness.ON_A_GPU),
         (zoo.DOCUMENT, "modules"),
         (zoo.DOCUMENT, "training"),
         (zoo.DOCUMENT, "bf16"),

@@ -140,18 +140,20 @@ def test_each_guess_why_is_one_change_from_what_was_reported() -> None:
     study = Study(whole(lambda run: score(run) + gains.get(run.method, 0.0) * (2 if run.series == "causes" else 1)))
     pairs = study.causes("SGD")
     plain = study.reported(Cell("SGD", "plain", 64))
-    (norms, fixed, over) = pairs.values()
+    (norms, there, fixed, over) = pairs.values()
     assert norms[0] == [run.with_(series="causes", norm="GN") for run in plain[:2]]
     assert {run.method for run in norms[1]} == {"pairwise"} and {run.norm for run in norms[1]} == {"GN"}
+    assert there[0] == [run.with_(series="again") for run in plain[:2]]
+    assert {run.series for run in there[1]} == {"ablation"} and {run.method for run in there[1]} == {"pairwise"}
     assert fixed[0] == [run.with_(series="again") for run in plain], "on the machine of what it is compared with"
     assert {run.multipliers["neck"] for run in fixed[1]} == {8.0} and {run.norm for run in fixed[1]} == {"BN"}
     halfway = study.halfway(Cell("SGD", "plain", 64))[:4]
     assert over == ([run.with_(series="again") for run in halfway], fixed[1])
-    assert len({run.key for pair in pairs.values() for runs in pair for run in runs}) == 16
+    assert len({run.key for pair in pairs.values() for runs in pair for run in runs}) == 18
     rows = [row.split("|")[1:] for row in tables.causes(study).splitlines()[2:]]
     assert [row[-2].strip() for row in rows] == [
-        *("+0.060 ± 0.000", "+0.020 ± 0.000", "+0.045 ± 0.000"),
-        *("+0.060 ± 0.000", "+0.020 ± 0.000", "+0.013 ± 0.000"),
+        *("+0.060 ± 0.000", "+0.030 ± 0.000", "+0.020 ± 0.000", "+0.045 ± 0.000"),
+        *("+0.060 ± 0.000", "+0.030 ± 0.000", "+0.020 ± 0.000", "+0.013 ± 0.000"),
     ]
     known = [line for line in study.known.values() if line["run"]["series"] == "epochs"]
     assert tables.causes(Study(known)).count("\n") == 1 and Study([]).causes("SGD") == {}
@@ -285,10 +287,12 @@ def drawable(line: dict[str, Any]) -> dict[str, Any]:
 def test_the_variances_are_those_of_the_middle_half() -> None:
     columns = {"backbone": [9.0] * 4 + [0.5, None] + [0.75] * 6 + [9.0] * 4, "neck": [9.0] * 5 + [0.25] * 7 + [9.0] * 4}
     measures = {name: {"variance": values} for name, values in columns.items()}
-    rows = tables.variances(Study([{**line, "measures": measures} for line in whole()])).splitlines()
+    study = Study([{**line, "measures": measures} for line in whole()])
+    rows = tables.variances(study.chosen_lines).splitlines()
     assert rows[2] == "| SGD | backbone | " + " | ".join(["0.71 (1.00)"] * 4) + " |"
     assert rows[5].startswith("| AdamW | neck | 1.34 (1.88) | ")
-    assert len(tables.variances(Study([])).splitlines()) == 2
+    assert rows == tables.variances(study.equal_lines).splitlines(), "the mean of two equal runs"
+    assert len(tables.variances(Study([]).chosen_lines).splitlines()) == 2
 
 
 def test_the_figures_draw_what_the_lines_say(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from tests.comparison import FIGURE_BF16, FIGURE_BF16_ADAM, compare, expected_of
+from tests.comparison import FIGURE_FP16, FIGURE_FP16_ADAM, compare, expected_of
 from tests.engines import AGVM_BLOCK, OPTIONS, Record, backward, ds_config, identical, record, started, train, update
-from tests.launch import ON_GPU, run_ranks
+from tests.launch import run_ranks
 from tests.options import fp16_by_a_cpu
 from tests.reference import Reference
 from tests.toy import Toy, rounded
@@ -77,6 +77,10 @@ def finite(engine: Any, t: int) -> None:
     del engine.optimizer.has_overflow, engine.optimizer._get_norm_groups
 
 
+SPARE = 16
+"""Updates, more than it takes from a loss scale of 2^24 to one that fits."""
+
+
 BAD: dict[str, Callable[[Any, int], None]] = {"infinite": infinite, "finite": finite}
 
 
@@ -94,17 +98,13 @@ def skipped(run: Run, bad: Callable[[Any, int], None]) -> Skipped:
 def from_too_large(run: Run) -> tuple[list[Record], list[Record], list[float]]:
     """fp16 from a loss scale that overflows: (what is seen after each skipped update, after each other, their scales)."""
     fp16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
-    skipped, taken, scales = [], [], []
-    with fp16_by_a_cpu(not ON_GPU), started(config(run) | {"fp16": fp16}, rounded(Toy())) as engine:
-        for t in range(HALVINGS + UPDATES):
+    lost, taken, scales = [], [], []
+    with fp16_by_a_cpu(), started(config(run) | {"fp16": fp16}, rounded(Toy())) as engine:
+        for t in range(SPARE + UPDATES):
             update(engine, t)
-            (taken if engine.was_step_applied() else skipped).append(record(engine))
+            (taken if engine.was_step_applied() else lost).append(record(engine))
             scales.append(float(engine.optimizer.loss_scale))
-    return skipped, taken, scales
-
-
-HALVINGS = 16
-"""More than it takes from 2^24 to a scale that fits, with any update that is still skipped."""
+    return lost, taken, scales
 
 
 def everything() -> dict[str, Any]:
@@ -153,13 +153,13 @@ def test_an_update_that_is_skipped_changes_nothing_but_the_counter(kind: str, ru
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_fp16_that_begins_with_overflows_is_the_reference_from_there_on(run: Run, runs: dict[str, Any]) -> None:
     _, base, estimator = run
-    skipped, taken, scales = runs["fp16"][run]
-    assert len(skipped) >= 3, "it overflowed"
-    assert scales[len(skipped) - 1] == 2.0**24 / 2 ** len(skipped) and len(taken) >= UPDATES
-    for t, seen in enumerate(skipped):
+    lost, taken, scales = runs["fp16"][run]
+    assert len(lost) >= 3, "it overflowed"
+    assert scales[len(lost) - 1] == 2.0**24 / 2 ** len(lost) and len(taken) >= UPDATES
+    for t, seen in enumerate(lost):
         assert seen.steps == t + 1 and seen.measured == 0
         assert set(seen.scale_factors.values()) == {1.0}
-        assert identical(seen.parameters, skipped[0].parameters)
+        assert identical(seen.parameters, lost[0].parameters)
     reference = Reference(
         RANKS,
         ACCUMULATION,
@@ -169,7 +169,7 @@ def test_fp16_that_begins_with_overflows_is_the_reference_from_there_on(run: Run
         options=dict(OPTIONS[base]),
         model=rounded(Toy()),
     )
-    right = expected_of(reference, range(len(skipped), len(skipped) + len(taken)))
+    right = expected_of(reference, len(taken), first=len(lost))
     found = compare(taken, right)
-    print(f"{run}: {len(skipped)} skipped, then {found}")
-    assert found.within(FIGURE_BF16_ADAM if base == "AdamW" else FIGURE_BF16)
+    print(f"{run}: {len(lost)} skipped, then {found}")
+    assert found.within(FIGURE_FP16_ADAM if base == "AdamW" else FIGURE_FP16)

@@ -31,10 +31,7 @@ class Sums(nn.Module):
             setattr(self, name, nn.Linear(d, 1, bias=False))
 
     def forward(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
-        device = self.head.weight.device
-        return sum(
-            (getattr(self, name)(images[name].to(device)).mean() for name in PARTS), torch.zeros((), device=device)
-        )
+        return sum((getattr(self, name)(images[name]).mean() for name in PARTS), torch.zeros(()))
 
 
 def drawn(generator: torch.Generator) -> dict[str, torch.Tensor]:
