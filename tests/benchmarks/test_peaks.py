@@ -24,7 +24,7 @@ def measured() -> tuple[float, dict[str, float]]:
 def test_a_detector_is_measured_on_images_that_are_made_up(tmp_path: Path) -> None:
     [(loss, variances)] = run_ranks(measured, 1, tmp_path)
     assert 0 < loss < 100 and list(variances) == ["backbone", "neck", "rpn_head", "roi_head"]
-    assert all(0 < phi <= 2 for phi in variances.values()), variances
+    assert all(0 <= phi <= 2 for phi in variances.values()) and variances["backbone"] > 0, "the same image twice"
 
 
 def test_the_table_tells_how_much_of_the_estimate_is_used() -> None:
