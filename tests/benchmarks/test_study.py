@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -372,6 +373,17 @@ def test_what_the_readme_tells_of_the_study_is_in_its_files() -> None:
         assert round(min(fewer), 1) == least and round(max(fewer)) == most
     gains = [row.split("|")[6:8] for row in tables.sweep(Study(lines.read())).splitlines()[2:]]
     assert len(gains) == 3 and all(float(found) == pytest.approx(float(told), rel=0.2) for found, told in gains)
+
+
+@pytest.mark.parametrize(
+    ("document", "begin", "end"),
+    [("README.md", "**Does it help?**", "## Try it"), ("docs/study.md", "## What to make of it", "## What it shows")],
+)
+def test_every_gain_that_is_told_in_words_is_in_a_table(document: str, begin: str, end: str) -> None:
+    said = (Path(__file__).parents[2] / document).read_text().partition(begin)[2].partition(end)[0]
+    gains = set(re.findall(r"[+-]0\.\d{3} ± 0\.\d{3}", " ".join(said.split())))
+    made = "\n".join(report.sections(lines.read(), [], []))
+    assert len(gains) >= 4 and [one for one in gains if one not in made] == []
 
 
 def test_the_committed_lines_are_runs_of_the_protocol() -> None:
