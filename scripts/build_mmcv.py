@@ -66,6 +66,7 @@ HINTS = {
     "Killed signal": "the compiler was killed, most likely for want of memory: try MAX_JOBS=1",
     "Python.h": "Python's headers are missing (Debian: apt install python3.11-dev)",
     "detected CUDA version": "CUDA_HOME must hold the version that torch was built with; FORCE_CUDA=0 does without",
+    "crashed with signal": "a compiler that links libstdc++ into libraries may do that: name another one in CXX",
 }
 
 
@@ -313,7 +314,7 @@ def run(from_source: bool) -> None:
         wheel = build(cache, cuda)
         if problem := probe_wheel(wheel):
             wheel.unlink()
-            raise BuildError(f"built, but of no use here: {problem}")
+            raise BuildError("\n".join([f"built, but of no use here: {problem}", *hints([problem])]))
         install(wheel)
 
 

@@ -258,6 +258,16 @@ def test_a_built_wheel_is_kept_and_the_source_tree_removed(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build.log", "mmcv_full.whl"]
 
 
+def test_a_built_wheel_that_crashes_is_taken_away_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = make_wheel(tmp_path / "built", "import os; os.abort()")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build_mmcv, "build", lambda cache, cuda: wheel)
+    monkeypatch.setattr(build_mmcv, "must_be_able_to_build", lambda cuda: None)
+    with pytest.raises(BuildError, match="of no use here: loading its ops crashed with signal 6\na compiler.*CXX"):
+        build_mmcv.run(from_source=True)
+    assert not wheel.exists()
+
+
 def test_a_gpu_without_nvcc_is_refused_before_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     with pytest.raises(BuildError, match="no nvcc.*FORCE_CUDA=0"):
