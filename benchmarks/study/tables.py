@@ -132,15 +132,18 @@ def gain(study: Study, mine: Sequence[Run], theirs: Sequence[Run]) -> str:
 
 
 def halfway(study: Study) -> str:
-    """Methods at the central batch by rate: at their chosen ones and at those halfway; and pairwise's gain over plain."""
+    """Methods at the central batch by rate, chosen or halfway; pairwise's gain over plain, and that of plain's next rate."""
     rows = []
     for base in MODULATED:
         cells_ = [Cell(base, method, CENTRAL_BATCH) for method in METHODS_HALFWAY]
         runs = [[*study.reported(cell), *study.halfway(cell)] for cell in cells_]
-        for rate in sorted({run.rate for some in runs for run in some}):
-            pair = [[run for run in some if run.rate == rate] for some in runs]
-            rows.append([base, f"{rate:.3g}", *(spread(scores(study, one)) for one in pair), gain(study, *pair[::-1])])
-    return table(["base", "rate", *METHODS_HALFWAY, "gain"], [row for row in rows if any(row[2:])])
+        rates = sorted({run.rate for some in runs for run in some})
+        by_rate = [[[run for run in some if run.rate == rate] for some in runs] for rate in rates]
+        for rate, pair, higher in zip(rates, by_rate, [*by_rate[1:], [[], []]], strict=True):
+            gains = gain(study, *pair[::-1]), gain(study, higher[0], pair[0])
+            rows.append([base, f"{rate:.3g}", *(spread(scores(study, one)) for one in pair), *gains])
+    head = ["base", "rate", *METHODS_HALFWAY, "gain", "plain's by the next rate"]
+    return table(head, [row for row in rows if any(row[2:])])
 
 
 def tried(study: Study) -> str:
