@@ -139,7 +139,8 @@ def halfway(study: Study) -> str:
         runs = [[*study.reported(cell), *study.halfway(cell)] for cell in cells_]
         rates = sorted({run.rate for some in runs for run in some})
         by_rate = [[[run for run in some if run.rate == rate] for some in runs] for rate in rates]
-        for rate, pair, higher in zip(rates, by_rate, [*by_rate[1:], [[], []]], strict=True):
+        nothing: list[list[Run]] = [[], []]
+        for rate, pair, higher in zip(rates, by_rate, [*by_rate[1:], nothing], strict=True):
             gains = gain(study, *pair[::-1]), gain(study, higher[0], pair[0])
             rows.append([base, f"{rate:.3g}", *(spread(scores(study, one)) for one in pair), *gains])
     head = ["base", "rate", *METHODS_HALFWAY, "gain", "plain's by the next rate"]
