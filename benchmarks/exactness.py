@@ -25,7 +25,7 @@ from tests.options import ALL_WAYS, WAYS, Key, Option, judge, key_of, runs_of
 DOCUMENT = Path(__file__).parents[1] / "docs" / "options.md"
 MARK = "<!-- made by python -m benchmarks.exactness --write -->\n"
 
-ON_A_GPU = "what was found on a GPU"
+PLACE_ON_A_GPU = "what was found on a GPU"
 HEAD = "### {}, on a GPU" if ON_GPU else "## {}"
 
 SECTIONS: dict[str, Sequence[Option]] = {
@@ -53,7 +53,7 @@ def main() -> None:
         print(sections[-1], flush=True)
     table = "\n".join(sections)
     if arguments.write and ON_GPU:
-        DOCUMENT.write_text(with_table(DOCUMENT.read_text(), ON_A_GPU, table))
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text(), PLACE_ON_A_GPU, table))
     elif arguments.write:
         head = DOCUMENT.read_text().partition(MARK)[0]
         DOCUMENT.write_text(f"{head}{MARK}{table}\n")
@@ -67,21 +67,20 @@ def agreeing(rows: Sequence[Option], found: Mapping[Key, Worst | str]) -> Iterat
         results = [result for key, result in found.items() if key[0] == option.name]
         stages = ", ".join(map(str, option.stages))
         numbers = [result for result in results if isinstance(result, Worst)]
-        beyond = "; beyond what is allowed" * (not all(_within(option, found)))
         if len(numbers) < len(results):
             yield f"| {option.name} | {stages} | failed | | {next(r for r in results if isinstance(r, str))} |"
             continue
+        beyond = "; beyond what is allowed" * (not all(_within(option, found)))
         worst = [max(getattr(result, column) for result in numbers) for column in ("scale_factors", "parameters")]
         yield f"| {option.name} | {stages} | {worst[0]:.0e} | {worst[1]:.0e} | {option.note}{beyond} |"
 
 
 def _within(option: Option, found: Mapping[Key, Worst | str]) -> Iterator[bool]:
     """Of each way and stage of a row that was run: whether it is no farther from the reference than it may be."""
-    for way in ALL_WAYS if option.ways is WAYS else option.ways:
-        for stage in option.stages:
-            result = found.get(key_of(option, stage, way))
-            if isinstance(result, Worst):
-                yield result.within(option.allowed(way))
+    for _, stage, way in runs_of([option], ALL_WAYS):
+        result = found.get(key_of(option, stage, way))
+        if isinstance(result, Worst):
+            yield result.within(option.allowed(way))
 
 
 def refused(rows: Sequence[Option], found: Mapping[Key, Worst | str]) -> Iterator[str]:

@@ -133,7 +133,7 @@ def timed(case: Case, rounds: int) -> list[list[float]]:
 
 def _config(case: Case, way: Way, work: Workload) -> dict[str, Any]:
     more: dict[str, Any] = {"gradient_accumulation_steps": 2} if case.ranks == 1 else {}
-    more |= {"fp16": {"enabled": True, "loss_scale": 128.0}} if "fp16" in case.workload else {}
+    more |= {work.half: {"enabled": True, "loss_scale": 128.0}} if work.half else {}
     return ds_config(work, case.stage, "AdamW", way.agvm, **more)
 
 

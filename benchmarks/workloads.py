@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from agvm_ds.demo.data import ensure
 from agvm_ds.groups import PARAMS, cut_groups
-from agvm_ds.mmdet.configs import read_config
+from agvm_ds.mmdet.configs import detector_of, read_config
 from agvm_ds.mmdet.detector.model import to_device
 from agvm_ds.mmdet.detector.modules import modules_of
 from agvm_ds.mmdet.detector.precision import enable_half
@@ -35,6 +35,8 @@ class Workload:
     micro_batch: int
     loss: Callable[[Any, int], torch.Tensor]
     """(engine, number of the micro-batch) -> loss. The same number gives the same images and random choices."""
+    half: str | None = None
+    """The half precision that the model computes in: a block of the DeepSpeed configuration."""
 
 
 def demo(batches: int = 8) -> Workload:
@@ -69,7 +71,6 @@ def random_images(
     half: "fp16", if DeepSpeed is to cast the weights. No masks.
     """
     cfg = read_config(config)
-    cfg.model.pop("pretrained", None)
     device = get_accelerator().current_device_name()
     torch.manual_seed(SEED + 1000 * _rank())
     height, width = size
@@ -90,12 +91,12 @@ def random_images(
 
     def model() -> nn.Module:
         torch.manual_seed(SEED)
-        detector = build_detector(cfg.model)
+        detector = detector_of(cfg)
         if half is not None:
             enable_half(detector, half)
         return detector
 
-    return Workload(model, modules_of(model()), micro, loss)
+    return Workload(model, modules_of(model()), micro, loss, half)
 
 
 def parameters_of(config: str | None) -> Workload:

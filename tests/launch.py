@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-ON_GPU = os.environ.get("DS_ACCELERATOR") == "cuda"
+ON_GPU = os.environ["DS_ACCELERATOR"] == "cuda"
 CONTEXT: Any = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
 if not ON_GPU:
     CONTEXT.set_forkserver_preload(["tests.standins", "tests.preload"])

@@ -105,9 +105,8 @@ def _saved_tensors(module: nn.Module, h: torch.Tensor) -> torch.Tensor:
 
 
 def _deepspeed(module: nn.Module, h: torch.Tensor) -> torch.Tensor:
-    if (
-        h.device.type != get_accelerator().device_name()
-    ):  # the reference, on a CPU beside a GPU: DeepSpeed would move it
+    # The reference is on a CPU, beside a GPU too, to which DeepSpeed would move it.
+    if h.device.type != get_accelerator().device_name():
         return module(h)
     return deepspeed.checkpointing.checkpoint(module, h)
 

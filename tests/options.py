@@ -246,10 +246,8 @@ ON_A_GPU = [
     ),
     Option("FusedAdam, bf16", ANY, BF16, bf16=True, ways=both("Adam on a GPU")),
     Option("FusedAdam, fp16", ZERO, FP16, bf16=True, ways=both("Adam on a GPU")),
-    Option("CPUAdam, offload_optimizer: cpu, pin_memory", ZERO, PINNED, ways=both("Adam on a GPU")),
-    Option(
-        "CPUAdam, offload_optimizer: cpu, pin_memory, fp16", ZERO, FP16 | PINNED, bf16=True, ways=both("Adam on a GPU")
-    ),
+    Option("CPUAdam, offload_optimizer: cpu, pin_memory", ZERO, PINNED, ways=both("CPUAdam")),
+    Option("CPUAdam, offload_optimizer: cpu, pin_memory, fp16", ZERO, FP16 | PINNED, bf16=True, ways=both("CPUAdam")),
 ]
 """What is another program there than on a CPU, or exists there alone."""
 

@@ -176,7 +176,7 @@ class Study:
         larger = {name: mu**POWER for name, mu in fixed.multipliers.items()}
         less_alike = fixed.with_(series="causes", multipliers=larger)
         name = f"less alike: fixed, multipliers to the power {POWER}"
-        again, best = plain.with_(series="again"), self.again_at_best(base)
+        again, best = plain.with_(series="again"), self.best_plain(base, CENTRAL_BATCH)
         return {
             f"{OTHER_NORM} in the backbone: pairwise": (_few(other[0]), _few(other[1])),
             f"{plain.norm} there, on the same machine: pairwise": (
@@ -187,9 +187,11 @@ class Study:
             f"{name} at {plain.rate:.3g}, over plain at {best[0].rate:.3g}": (best, _all(less_alike)),
         }
 
-    def again_at_best(self, base: str) -> list[Run]:
-        """Plain at the central batch once more, halfway to its better neighbour; none while that is not known."""
-        cell = Cell(base, "plain", CENTRAL_BATCH)
+    def best_plain(self, base: str, batch: int) -> list[Run]:
+        """Plain at its chosen rate; at the central batch once more, halfway to its better neighbour. None while not known."""
+        cell = Cell(base, "plain", batch)
+        if batch != CENTRAL_BATCH:
+            return self.reported(cell)
         chosen, rate = self.chosen(cell), self._halfway_rate(cell)
         return _all(chosen.with_(series="again", rate=rate)) if chosen and rate else []
 

@@ -52,7 +52,7 @@ MODULATED = ("SGD", "AdamW")
 """Bases of every method."""
 LAYERWISE = {"SGD": "LARS", "AdamW": "LAMB"}
 """Base -> the optimizer that has its momenta, and a rate of its own for each tensor."""
-ALONE = ("LAMB", "LARS")
+ALONE = tuple(sorted(LAYERWISE.values()))
 """Bases that are methods by themselves."""
 BATCHES_ALONE = (16, 64)
 """At which those are trained."""

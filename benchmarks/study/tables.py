@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from statistics import fmean, stdev
 from typing import Any
 
@@ -43,7 +44,7 @@ def methods() -> list[tuple[str, str]]:
 
 
 def _rank(base: str) -> int:
-    return [*MODULATED, "LAMB", "LARS"].index(base)
+    return [*MODULATED, *ALONE].index(base)
 
 
 def title(base: str, method: str) -> str:
@@ -110,15 +111,9 @@ def differences(study: Study, runs_of: RunsOf) -> str:
 def layerwise(study: Study) -> str:
     """What LARS and LAMB have over plain bases at their best rates, seed by seed."""
     rows = []
-    for name in ALONE:
-        for base in MODULATED:
-            found = []
-            for batch in BATCHES_ALONE:
-                best = (
-                    study.again_at_best(base) if batch == CENTRAL_BATCH else study.reported(Cell(base, "plain", batch))
-                )
-                found.append(gain(study, study.reported(Cell(name, "plain", batch)), best))
-            rows.append([f"{name} over {base}", *found])
+    for name, base in product(ALONE, MODULATED):
+        pairs = [(study.reported(Cell(name, "plain", b)), study.best_plain(base, b)) for b in BATCHES_ALONE]
+        rows.append([f"{name} over {base}", *(gain(study, *pair) for pair in pairs)])
     return table(["", *map(str, BATCHES_ALONE)], [row for row in rows if any(row[1:])])
 
 

@@ -16,7 +16,7 @@ from benchmarks.machine import with_table
     [
         *((cost.DOCUMENT, cost.place(part, False)) for part in cost.ON_CPU),
         *((cost.DOCUMENT, cost.place(part, True)) for part in cost.ON_A_GPU),
-        (exactness.DOCUMENT, exactness.ON_A_GPU),
+        (exactness.DOCUMENT, exactness.PLACE_ON_A_GPU),
         (zoo.DOCUMENT, "modules"),
         (zoo.DOCUMENT, "training"),
         (zoo.DOCUMENT, "bf16"),

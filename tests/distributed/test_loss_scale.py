@@ -24,6 +24,8 @@ from tests.toy import Toy, rounded
 
 STAGES = (1, 2, 3)
 RANKS, ACCUMULATION, UPDATES, SCALE = 2, 2, 5, 2.0**12
+SPARE = 16
+"""Updates, more than it takes from a loss scale of 2^24 to one that fits."""
 WAYS = [("SGD", "pairwise"), ("SGD", "split"), ("AdamW", "pairwise"), ("AdamW", "split")]
 Run = tuple[int, str, str]
 RUNS: list[Run] = [(stage, *way) for stage in STAGES for way in WAYS]
@@ -75,10 +77,6 @@ def finite(engine: Any, t: int) -> None:
     engine.optimizer._get_norm_groups = lambda: [torch.tensor(math.inf)]
     update(engine, t)
     del engine.optimizer.has_overflow, engine.optimizer._get_norm_groups
-
-
-SPARE = 16
-"""Updates, more than it takes from a loss scale of 2^24 to one that fits."""
 
 
 BAD: dict[str, Callable[[Any, int], None]] = {"infinite": infinite, "finite": finite}

@@ -71,12 +71,14 @@ def layer() -> nn.Module:
 def train(base: str, estimator: str, zero: dict[str, Any]) -> list[Seen]:
     """In a rank: what is seen after each update."""
     block = {"interval": 1, "start_step": 0, "estimator": estimator, "ema_decay": 0.5}
-    config = ds_config(0, ACCUMULATION, base, block, train_micro_batch_size_per_gpu=ROWS)
-    config["optimizer"]["params"] = OPTIONS[base] | {
-        "weight_decay": 0.0
-    }  # AdamW is DeepSpeed's, on a GPU and offloaded
-    config["zero_optimization"] = {"reduce_bucket_size": BUCKET, **zero}
-    config["zero_force_ds_cpu_optimizer"] = False
+    more = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        # AdamW is DeepSpeed's, on a GPU and offloaded.
+        "optimizer": {"type": base, "params": OPTIONS[base] | {"weight_decay": 0.0}},
+        "zero_optimization": {"reduce_bucket_size": BUCKET, **zero},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    config = ds_config(zero["stage"], ACCUMULATION, base, block, **more)
     model, seen = Deep(), []
     begun = {name: p.detach().clone() for name, p in model.named_parameters()}
     with started(config, model) as engine:
